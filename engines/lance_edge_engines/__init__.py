@@ -1,0 +1,70 @@
+"""Sessions: one loaded graph on one device. Knows graphs and arrays; nothing of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+
+from lance_edge_engines.session import (
+    DeviceUnavailable,
+    FakeSession,
+    Session,
+    SessionError,
+    TensorSpec,
+)
+
+__all__ = [
+    "BACKENDS",
+    "DeviceUnavailable",
+    "FakeSession",
+    "Session",
+    "SessionError",
+    "TensorSpec",
+    "available_devices",
+    "open_session",
+]
+
+# device -> "module:opener". An opener takes (graph: bytes, threads: int | None).
+BACKENDS = {
+    "cpu": "lance_edge_engines.ort:open_cpu",
+    "cuda": "lance_edge_engines.ort:open_cuda",
+}
+
+# What "auto" tries, in this order.
+PREFERENCE = ("cuda", "cpu")
+
+
+def open_session(graph: bytes, device: str = "auto", threads: int | None = None) -> Session:
+    """Load a serialized ONNX graph on a device: a key of BACKENDS, or "auto" for the best there is.
+
+    threads  CPU threads for one run; None for one per physical core
+
+    Raises DeviceUnavailable if the device, or the package that drives it, is not there, and
+    SessionError if the graph cannot be loaded. Only "auto" goes on to another device.
+    """
+    if device != "auto":
+        return _opener(device)(graph, threads)
+    refusals = []
+    for name in PREFERENCE:
+        try:
+            return _opener(name)(graph, threads)
+        except DeviceUnavailable as refusal:
+            refusals.append(f"{name}: {refusal}")
+    raise DeviceUnavailable("no device can run the graph; " + "; ".join(refusals))
+
+
+def available_devices() -> dict[str, str | None]:
+    """Each device, and why it is not available; None if it is."""
+    return {
+        name: import_module(target.split(":")[0]).why_not(name) for name, target in BACKENDS.items()
+    }
+
+
+def _opener(device: str) -> Callable[[bytes, int | None], Session]:
+    if device not in BACKENDS:
+        raise DeviceUnavailable(
+            f"there is no device {device!r}; choose from auto, {', '.join(BACKENDS)}"
+        )
+    module, function = BACKENDS[device].split(":")
+    opener: Callable[[bytes, int | None], Session] = getattr(import_module(module), function)
+    return opener

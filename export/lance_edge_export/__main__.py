@@ -1,0 +1,121 @@
+"""`python -m lance_edge_export screener`: a trained checkpoint to a verified bundle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import onnx
+import typer
+
+from lance_edge.bundle import Calibration, ScreenerSpec
+from lance_edge.tokenizer import Tokenizer
+from lance_edge_engines import open_session
+from lance_edge_export.optimise import merge_projections
+from lance_edge_export.pack import write_bundle
+from lance_edge_export.parity import BOUNDS, ParityError, compare, gate, severities
+from lance_edge_export.quantise import row_wise_int8
+from lance_edge_export.to_onnx import export_screener
+from lance_edge_training.checkpoint import load_screener
+from lance_edge_training.data import read_rows
+from lance_edge_training.evaluate import torch_session
+
+TOLERANCE = {"fp32": 1e-4, "int8": 5e-3}  # between machines: order of sums; and roundings it flips
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def main() -> None:
+    """Export trained checkpoints."""
+
+
+@app.command()
+def screener(
+    checkpoint: Annotated[Path, typer.Option(help="Folder written by the trainer and calibrated.")],
+    out: Annotated[
+        Path, typer.Option(help="Where the bundle goes; replaced when the new one is whole.")
+    ],
+    prompts: Annotated[
+        Path, typer.Option(help="JSON lines with real prompts for the parity gate.")
+    ],
+    precision: Annotated[str, typer.Option(help="fp32 or int8")] = "int8",
+    name: Annotated[str, typer.Option()] = "lance-edge-default",
+    version: Annotated[str, typer.Option()] = "0.1.0",
+    encoder: Annotated[
+        str, typer.Option(help="What the encoder was made from, for the model card.")
+    ] = "",
+    golden_prompts: Annotated[
+        Path | None, typer.Option(help="Text file, one prompt a line.")
+    ] = None,
+) -> None:
+    """Export a screener: torch -> fp32 ONNX -> int8, each stage compared with the one before."""
+    if precision not in BOUNDS:
+        raise typer.BadParameter(f"--precision is one of {', '.join(BOUNDS)}")
+    if not (checkpoint / "calibration.json").is_file():
+        raise typer.BadParameter(
+            f"{checkpoint} has no calibration.json; run lance_edge_training.calibrate"
+        )
+    model, description = load_screener(checkpoint)
+    tokenizer = Tokenizer(
+        (checkpoint / "tokenizer.json").read_bytes(), description["window"], description["overlap"]
+    )
+    values = json.loads((checkpoint / "calibration.json").read_text(encoding="utf-8"))
+    calibration = [Calibration(**item) for item in values.values()]
+    thresholds = np.array([item.threshold for item in calibration])
+    encoded = [tokenizer.encode(row["prompt"]) for row in read_rows(prompts)]
+
+    graph = merge_projections(export_screener(model))
+    stages = {"fp32": graph}
+    if precision == "int8":
+        stages["int8"] = row_wise_int8(graph)
+    before = severities(torch_session(model), encoded, calibration)
+    parity = {}
+    for stage, stage_graph in stages.items():
+        session = open_session(stage_graph.SerializeToString(), "cpu")
+        after = severities(session, encoded, calibration)
+        session.close()
+        figures = compare(before, after, thresholds)
+        typer.echo(f"{stage}: {figures}")
+        try:
+            gate(stage, figures, BOUNDS[stage])
+        except ParityError as error:
+            typer.echo(f"export failed: {error}", err=True)
+            raise typer.Exit(3) from error
+        parity[stage] = {
+            **figures.to_dict(),
+            "nodes": len(stage_graph.graph.node),
+            "bytes": stage_graph.ByteSize(),
+        }
+        before = after
+
+    golden = [row["prompt"] for row in read_rows(prompts)][:16]
+    if golden_prompts is not None:
+        golden = golden_prompts.read_text(encoding="utf-8").splitlines()
+    spec = ScreenerSpec(
+        "screener.onnx",
+        "tokenizer.json",
+        precision,
+        description["window"],
+        description["overlap"],
+        TOLERANCE[precision],
+    )
+    provenance = {"encoder": encoder, "onnx": onnx.__version__, **description["provenance"]}
+    write_bundle(
+        out,
+        name,
+        version,
+        stages[precision].SerializeToString(),
+        spec,
+        checkpoint,
+        parity,
+        provenance,
+        golden,
+    )
+    typer.echo(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,79 @@
+"""Small helpers to read and rebuild an ONNX graph. Knows nodes, not models."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+
+class Graph:
+    """An ONNX model while it is being rewritten.
+
+    Nodes are replaced by lists of nodes, in place, so the order stays topological.
+    """
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.model = onnx.ModelProto()
+        self.model.CopyFrom(model)
+        self.constants: dict[str, npt.NDArray[Any]] = {
+            tensor.name: numpy_helper.to_array(tensor) for tensor in self.model.graph.initializer
+        }
+
+    @property
+    def nodes(self) -> Sequence[NodeProto]:
+        return list(self.model.graph.node)
+
+    def consumers(self) -> dict[str, list[NodeProto]]:
+        """Tensor name -> the nodes that read it."""
+        readers: dict[str, list[NodeProto]] = defaultdict(list)
+        for node in self.model.graph.node:
+            for name in node.input:
+                readers[name].append(node)
+        return readers
+
+    def constant(self, name: str, value: npt.NDArray[Any]) -> str:
+        """Add a constant under this name, or reuse it; returns the name."""
+        if name in self.constants and not np.array_equal(self.constants[name], value):
+            raise ValueError(f"the graph already has another constant called {name}")
+        self.constants[name] = value
+        return name
+
+    def replace(self, replacements: dict[str, list[NodeProto]]) -> None:
+        """Put a list of nodes in the place of each node, named by its first output."""
+        nodes = [
+            new
+            for node in self.model.graph.node
+            for new in replacements.get(node.output[0], [node])
+        ]
+        del self.model.graph.node[:]
+        self.model.graph.node.extend(nodes)
+
+    def finish(self) -> onnx.ModelProto:
+        """The rewritten model, checked, with the constants that are still used."""
+        used = {name for node in self.model.graph.node for name in node.input}
+        del self.model.graph.initializer[:]
+        self.model.graph.initializer.extend(
+            numpy_helper.from_array(np.ascontiguousarray(value), name)
+            for name, value in self.constants.items()
+            if name in used
+        )
+        del self.model.graph.value_info[:]
+        onnx.checker.check_model(self.model)
+        return self.model
+
+
+def node(
+    op: str, inputs: Iterable[str], output: str | Sequence[str], **attributes: Any
+) -> NodeProto:
+    """A node of the standard domain."""
+    outputs = [output] if isinstance(output, str) else list(output)
+    return helper.make_node(op, list(inputs), outputs, name=f"{outputs[0]}/{op}", **attributes)
+
+
+FLOAT = TensorProto.FLOAT

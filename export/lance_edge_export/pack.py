@@ -1,0 +1,135 @@
+"""Writes a bundle: graphs, tokenizer, taxonomy, calibration, goldens, card and manifest."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lance_edge.bundle import FORMAT, MANIFEST, Manifest, ScreenerSpec, file_entry
+from lance_edge.pipeline import Pipeline, load
+
+GOLDENS = "goldens.json"
+
+
+def write_bundle(
+    out: Path,
+    name: str,
+    version: str,
+    graph: bytes,
+    spec: ScreenerSpec,
+    checkpoint: Path,
+    parity: dict[str, Any],
+    provenance: dict[str, Any],
+    golden_prompts: list[str],
+) -> None:
+    """Write the bundle next to `out` and move it there when it is whole.
+
+    The goldens are what the packed runtime itself says of `golden_prompts` on this machine.
+    """
+    files = {
+        spec.graph: graph,
+        spec.tokenizer: (checkpoint / "tokenizer.json").read_bytes(),
+        "taxonomy.json": (checkpoint / "taxonomy.json").read_bytes(),
+        "calibration.json": (checkpoint / "calibration.json").read_bytes(),
+        GOLDENS: b"[]\n",
+    }
+    manifest = Manifest(
+        FORMAT,
+        name,
+        version,
+        {},
+        "taxonomy.json",
+        "calibration.json",
+        GOLDENS,
+        spec,
+        parity,
+        provenance,
+    )
+    files["README.md"] = card(
+        manifest, json.loads(files["taxonomy.json"]), json.loads(files["calibration.json"])
+    )
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    _write(partial, manifest, files)
+    with load(partial, device="cpu") as pipeline:
+        files[GOLDENS] = _json(goldens(pipeline, golden_prompts))
+    _write(partial, manifest, files)
+    _move_into_place(partial, out)
+
+
+def goldens(pipeline: Pipeline, prompts: list[str]) -> list[dict[str, Any]]:
+    """Prompts with the severities and decisions that every machine must reproduce.
+
+    Prompts too close to a threshold are left out: rounding may decide there.
+    """
+    margin = 2 * pipeline.bundle.manifest.screener.tolerance
+    thresholds = dict(zip(pipeline.policy.categories, pipeline.policy.thresholds, strict=True))
+    kept = []
+    for prompt, verdict in zip(prompts, pipeline.screen_many(prompts), strict=True):
+        if all(abs(value - thresholds[name]) > margin for name, value in verdict.severity.items()):
+            severity = {name: round(value, 6) for name, value in verdict.severity.items()}
+            kept.append({"prompt": prompt, "decision": verdict.decision, "severity": severity})
+    return kept
+
+
+def card(manifest: Manifest, taxonomy: list[dict[str, Any]], calibration: dict[str, Any]) -> bytes:
+    """The bundle's model card."""
+    rows = "\n".join(
+        f"| {entry['name']} | {entry['title']} | {entry['action']} | {calibration[entry['name']]['threshold']:.3f} |"
+        for entry in taxonomy
+    )
+    stages = "\n".join(
+        f"- {stage}: `{json.dumps(figures)}`" for stage, figures in manifest.parity.items()
+    )
+    sources = ", ".join(manifest.provenance.get("sources", [])) or "not recorded"
+    return f"""# {manifest.name} {manifest.version}
+
+A screener for prompts to language models: per category a severity in 0..1 with a standard
+deviation, and the words that carry it. It reads English; other languages were not trained and
+not measured.
+
+Precision {manifest.screener.precision}; windows of {manifest.screener.window} tokens that share
+{manifest.screener.overlap}. Longer prompts are read window by window and never cut.
+
+| category | title | action | threshold |
+|---|---|---|---|
+{rows}
+
+## Made from
+Encoder: {manifest.provenance.get("encoder", "not recorded")}.
+Training data: {sources}. Licences and attributions are in NOTICE of the lance-edge repository.
+
+## Export parity
+{stages}
+
+## Limits
+It judges the prompt alone, not the answer or the conversation. It is a statistical model: it
+misses hazards and flags harmless prompts at the rates that docs/quality.md of the repository
+reports, with the commands that reproduce them. Severities of political opinion, crime fiction
+and distress without a plan are the least certain.
+""".encode()
+
+
+def _write(folder: Path, manifest: Manifest, files: dict[str, bytes]) -> None:
+    for name, contents in files.items():
+        (folder / name).write_bytes(contents)
+    values = asdict(manifest)
+    values["files"] = {name: asdict(file_entry(contents)) for name, contents in files.items()}
+    (folder / MANIFEST).write_bytes(_json(values))
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _move_into_place(partial: Path, out: Path) -> None:
+    old = out.with_name(out.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.replace(old)
+    partial.replace(out)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,298 @@
+"""The command line. Exit codes: 0 nothing flagged, 1 something flagged, 2 wrong usage,
+3 something could not be screened (unreadable line, bad bundle, missing device).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import typer
+
+from lance_edge import __version__
+from lance_edge.errors import InputError, InvalidOption, InvalidPrompt, LanceError
+from lance_edge.inputs import InputFormat, Item, read_items
+from lance_edge.pipeline import MAX_CHARS, Pipeline, Prompt, load
+from lance_edge.report import OutputFormat, Progress, Report, complain
+from lance_edge_engines import SessionError, available_devices
+
+FLAGGED, USAGE, FAILED, INTERRUPTED = 1, 2, 3, 130
+
+T = TypeVar("T")
+
+app = typer.Typer(
+    help="Screen prompts on this machine.",
+    epilog="Exit codes: 0 nothing flagged, 1 something flagged, 2 wrong usage, 3 something could not be screened.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+BundleOption = Annotated[
+    Path | None,
+    typer.Option("--bundle", help="Folder of the bundle.", show_default="the installed one"),
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+
+
+def main() -> None:
+    """The `lance-edge` command."""
+    if hasattr(signal, "SIGPIPE"):  # end quietly when the reader of a pipe has had enough
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    app()
+
+
+def exits(command: Callable[..., int]) -> Callable[..., None]:
+    """A command that ends with the exit code it returns, or with that of its error."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            code = command(*args, **kwargs)
+        except (InputError, InvalidOption) as error:
+            complain(str(error))
+            code = USAGE
+        except (LanceError, SessionError) as error:
+            complain(str(error))
+            code = FAILED
+        except KeyboardInterrupt:
+            complain("interrupted")
+            code = INTERRUPTED
+        except Exception:  # a bug of ours must not end with 1, which says "flagged"
+            traceback.print_exc()
+            complain("this is a bug; please report it with the lines above")
+            code = FAILED
+        raise typer.Exit(code)
+
+    return run
+
+
+@app.command()
+@exits
+def screen(
+    prompts: Annotated[
+        list[str],
+        typer.Argument(help="Texts, files, globs, or - for standard input.", show_default=False),
+    ],
+    output_format: Annotated[
+        OutputFormat, typer.Option("--format", help="How verdicts are written.")
+    ] = "table",
+    input_format: Annotated[
+        InputFormat,
+        typer.Option("--input", help="How files are read; auto goes by their suffix."),
+    ] = "auto",
+    field: Annotated[
+        str, typer.Option(help="JSON field or CSV column that holds the prompt.")
+    ] = "prompt",
+    text: Annotated[bool, typer.Option("--text", help="Take every argument as a text.")] = False,
+    threshold: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="CATEGORY=SEVERITY from which on it is flagged, or SEVERITY for all; repeatable."
+        ),
+    ] = None,
+    with_prompt: Annotated[
+        bool, typer.Option("--with-prompt", help="Put the prompt into JSON records.")
+    ] = False,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Prompts read before they are screened together.")
+    ] = 64,
+    max_chars: Annotated[
+        int, typer.Option(min=1, help="Longer prompts are reported, not screened.")
+    ] = MAX_CHARS,
+    threads: Annotated[
+        int | None, typer.Option(min=1, show_default="one per core", help="CPU threads.")
+    ] = None,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress and no summary.")
+    ] = False,
+    bundle: BundleOption = None,
+    device: DeviceOption = "auto",
+) -> int:
+    """Screen prompts: one per line, JSON line or CSV row."""
+    items = read_items(prompts, field, input_format, text)
+    thresholds = parse_thresholds(threshold or [])
+    with load(
+        bundle, device, thresholds=thresholds, threads=threads, max_chars=max_chars
+    ) as pipeline:
+        counts = screen_items(pipeline, items, output_format, with_prompt, batch, quiet)
+    if counts["failed"]:
+        return FAILED
+    return FLAGGED if counts["flagged"] else 0
+
+
+@app.command()
+@exits
+def info(
+    bundle: BundleOption = None,
+    output_format: Annotated[Literal["table", "json"], typer.Option("--format")] = "table",
+) -> int:
+    """Show the bundle, its taxonomy and thresholds, and this machine's devices."""
+    from lance_edge.bundle import default_bundle, open_bundle
+
+    opened = open_bundle(default_bundle() if bundle is None else bundle)
+    manifest, devices = opened.manifest, available_devices()
+    if output_format == "json":
+        values = {
+            "version": __version__,
+            "bundle": {
+                "path": str(opened.path),
+                "name": manifest.name,
+                "version": manifest.version,
+            },
+            "sha256": opened.sha256,
+            "precision": manifest.screener.precision,
+            "window": manifest.screener.window,
+            "categories": [
+                {**vars(category), "threshold": opened.calibration[category.name].threshold}
+                for category in opened.categories
+            ],
+            "parity": manifest.parity,
+            "provenance": manifest.provenance,
+            "devices": devices,
+        }
+        typer.echo(json.dumps(values, indent=2))
+        return 0
+    typer.echo(f"lance-edge  {__version__}")
+    typer.echo(
+        f"bundle      {manifest.name} {manifest.version}, {manifest.screener.precision}, {opened.path}"
+    )
+    typer.echo(f"sha256      {opened.sha256}")
+    typer.echo(
+        f"windows     {manifest.screener.window} tokens, {manifest.screener.overlap} shared by neighbours\n"
+    )
+    width = max(len(category.name) for category in opened.categories)
+    typer.echo(f"{'category':<{width}}  threshold  action   mlcommons")
+    for category in opened.categories:
+        threshold = opened.calibration[category.name].threshold
+        hazards = " ".join(category.mlcommons)
+        typer.echo(
+            f"{category.name:<{width}}  {threshold:9.3f}  {category.action:<7}  {hazards}".rstrip()
+        )
+    typer.echo("")
+    for name, reason in devices.items():
+        typer.echo(f"device {name:<5} {'available' if reason is None else reason}")
+    return 0
+
+
+@app.command()
+@exits
+def verify(bundle: BundleOption = None, device: DeviceOption = "auto") -> int:
+    """Check the bundle's hashes, and that it computes here what it computed when exported."""
+    from lance_edge.verify import check_goldens
+
+    with load(bundle, device) as pipeline:
+        names = pipeline.bundle.verify()
+        typer.echo(f"hashes   {len(names)} files agree with the manifest")
+        check = check_goldens(pipeline)
+        typer.echo(
+            f"goldens  {check.prompts} prompts on {pipeline.device}: severities differ by at most "
+            f"{check.difference:.2e} (allowed {check.tolerance:.0e}), {check.decisions} decisions differ"
+        )
+    if not check.passed:
+        complain(
+            "this machine does not compute what the bundle's exporter did; do not rely on its verdicts"
+        )
+        return FAILED
+    return 0
+
+
+@app.command()
+@exits
+def version() -> int:
+    """Show the version."""
+    typer.echo(__version__)
+    return 0
+
+
+def screen_items(
+    pipeline: Pipeline,
+    items: Iterator[Item],
+    output_format: OutputFormat,
+    with_prompt: bool,
+    batch: int,
+    quiet: bool,
+) -> dict[str, int]:
+    """Screen items in order, write each as soon as its batch is done, and count what came of them."""
+    report = Report(sys.stdout, output_format, with_prompt)
+    progress = Progress(sys.stderr, enabled=not quiet and not sys.stdout.isatty())
+    counts = {"screened": 0, "flagged": 0, "failed": 0, "blank": 0}
+    for chunk in chunks(_count_blank(items, counts), batch):
+        encoded = [_encode(pipeline, item) for item in chunk]
+        verdicts = iter(
+            pipeline.judge([prompt for prompt in encoded if isinstance(prompt, Prompt)])
+        )
+        for item, prompt in zip(chunk, encoded, strict=True):
+            if isinstance(prompt, str):
+                progress.clear()
+                complain(f"{item.place}: {prompt}")
+                report.error(item, prompt)
+                counts["failed"] += 1
+                continue
+            verdict = next(verdicts)
+            report.verdict(item, verdict)
+            counts["screened"] += 1
+            counts["flagged"] += bool(verdict.flagged)
+        report.flush()
+        progress.update(counts["screened"], counts["flagged"], counts["failed"])
+    progress.clear()
+    report.close()
+    if not quiet and (counts["screened"] != 1 or counts["failed"] or counts["blank"]):
+        blank = f", {counts['blank']:,} blank lines skipped" if counts["blank"] else ""
+        complain(
+            f"{counts['screened']:,} screened, {counts['flagged']:,} flagged, "
+            f"{counts['failed']:,} not screened{blank}"
+        )
+    return counts
+
+
+def parse_thresholds(settings: Sequence[str]) -> dict[str, float] | float | None:
+    """`0.6`, or `category=0.6` any number of times. Raises InvalidOption."""
+    chosen: dict[str, float] = {}
+    for setting in settings:
+        name, equals, number = setting.rpartition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            raise InvalidOption(f"--threshold {setting}: {number!r} is not a number") from None
+        if not equals:
+            if len(settings) > 1:
+                raise InvalidOption(
+                    "--threshold takes one number for all, or CATEGORY=NUMBER for each, not both"
+                )
+            return value
+        chosen[name] = value
+    return chosen or None
+
+
+def chunks(values: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size` values, the last one shorter."""
+    remaining = iter(values)
+    while chunk := list(islice(remaining, size)):
+        yield chunk
+
+
+def _count_blank(items: Iterator[Item], counts: dict[str, int]) -> Iterator[Item]:
+    for item in items:
+        if item.blank:
+            counts["blank"] += 1
+        else:
+            yield item
+
+
+def _encode(pipeline: Pipeline, item: Item) -> Prompt | str:
+    """The encoded prompt, or why it cannot be screened."""
+    if item.text is None:
+        return item.error or "it cannot be read"
+    try:
+        return pipeline.encode(item.text)
+    except InvalidPrompt as error:
+        return str(error)

@@ -1,0 +1,55 @@
+"""The errors a caller can meet. Each says what is wrong and what to do next.
+
+    LanceError
+    |- InvalidPrompt (ValueError)            a text that cannot be screened as it is
+    |- InvalidOption (ValueError)            a setting that does not fit the bundle
+    |- InputError (ValueError)               a file or line that cannot be read
+    |- BundleError                           a bundle that cannot be trusted or understood
+    |  |- BundleFileMissing (FileNotFoundError)
+    |  `- BundleCorrupt                      contents differ from the manifest
+
+Sessions raise `lance_edge_engines.DeviceUnavailable` and `SessionError`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class LanceError(Exception):
+    """Base of every error that lance_edge raises on purpose."""
+
+
+class InvalidPrompt(LanceError, ValueError):
+    """The prompt cannot be screened as it is."""
+
+
+class InvalidOption(LanceError, ValueError):
+    """A setting does not fit the bundle or its range."""
+
+
+class InputError(LanceError, ValueError):
+    """A file, or a line in it, cannot be read as prompts."""
+
+
+class BundleError(LanceError):
+    """The bundle cannot be understood."""
+
+
+class BundleFileMissing(BundleError, FileNotFoundError):
+    """A file that the bundle needs is not there."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(
+            f"{path} is missing; copy the whole bundle again, or export it anew with "
+            "`python -m lance_edge_export screener`"
+        )
+
+
+class BundleCorrupt(BundleError):
+    """A file's contents are not what the manifest says."""
+
+    def __init__(self, path: Path, detail: str) -> None:
+        super().__init__(
+            f"{path} {detail}; it was edited or cut short: copy or export the bundle again"
+        )

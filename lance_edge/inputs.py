@@ -1,0 +1,242 @@
+"""Prompts from the command line, files and standard input, one at a time.
+
+A line that cannot be read becomes an item with an error; the lines after it are still read.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from lance_edge.errors import InputError
+
+InputFormat = Literal["auto", "lines", "jsonl", "csv"]
+
+LINE_LIMIT = 64 * 2**20  # bytes; no line is held in memory beyond this
+SUFFIXES: dict[str, InputFormat] = {
+    ".txt": "lines",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+}
+
+_UNDECODABLE = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of invalid UTF-8
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One prompt, or why there is none.
+
+    source  the file's path, "-" for standard input, None for a text on the command line
+    line    where it starts in the source, from 1; None for a text on the command line
+    blank   an empty line of a text file: it parts prompts and is none
+    """
+
+    source: str | None
+    line: int | None
+    text: str | None = None
+    error: str | None = None
+    blank: bool = False
+
+    @property
+    def place(self) -> str:
+        """Where it stands, for people: `prompts.txt:3`."""
+        return "prompt" if self.source is None else f"{self.source}:{self.line}"
+
+
+def read_items(
+    arguments: Sequence[str], field: str, input_format: InputFormat = "auto", as_text: bool = False
+) -> Iterator[Item]:
+    """The prompts that the arguments stand for: texts, files, globs, or "-".
+
+    Raises InputError, before anything is read, if an argument looks like a file and none is there.
+    """
+    sources = [_source(argument, as_text) for argument in arguments]
+    return (
+        item for texts_or_paths in sources for item in _read(texts_or_paths, field, input_format)
+    )
+
+
+def _source(argument: str, as_text: bool) -> str | list[Path]:
+    """A text (as str), or the files that an argument stands for; "-" is the path of standard input."""
+    if as_text:
+        return argument
+    if argument == "-":
+        return [Path("-")]
+    if _exists(argument):
+        if Path(argument).is_dir():
+            raise InputError(
+                f"{argument} is a folder; name its files, for example {argument.rstrip('/')}/*.txt"
+            )
+        return [Path(argument)]
+    if any(character in argument for character in "*?[") and not re.search(r"\s", argument):
+        if matches := sorted(glob.glob(argument, recursive=True)):
+            return [Path(match) for match in matches if Path(match).is_file()]
+        if _looks_like_path(argument):
+            raise InputError(f"no file matches {argument}; to screen it as a prompt, add --text")
+    elif _looks_like_path(argument):
+        raise InputError(f"there is no file {argument}; to screen it as a prompt, add --text")
+    return argument
+
+
+def _exists(argument: str) -> bool:
+    try:
+        return Path(argument).exists()
+    except (OSError, ValueError):  # too long for a path, or a NUL in it
+        return False
+
+
+def _looks_like_path(argument: str) -> bool:
+    has_space = re.search(r"\s", argument) is not None
+    return not has_space and ("/" in argument or Path(argument).suffix.lower() in SUFFIXES)
+
+
+def _read(source: str | list[Path], field: str, input_format: InputFormat) -> Iterator[Item]:
+    if isinstance(source, str):
+        yield Item(None, None, source)
+        return
+    for path in source:
+        if str(path) == "-":
+            yield from read_stream(
+                sys.stdin.buffer, "-", field, "lines" if input_format == "auto" else input_format
+            )
+            continue
+        kind = (
+            SUFFIXES.get(path.suffix.lower(), "lines") if input_format == "auto" else input_format
+        )
+        try:
+            with path.open("rb") as stream:
+                yield from read_stream(stream, str(path), field, kind)
+        except OSError as error:
+            yield Item(str(path), 1, error=f"the file cannot be read: {error.strerror}")
+
+
+def read_stream(stream: BinaryIO, source: str, field: str, kind: InputFormat) -> Iterator[Item]:
+    """The prompts of one open file; `field` names the JSON key or CSV column that holds them."""
+    lines = _lines(stream)
+    if kind == "csv":
+        yield from _read_csv(lines, source, field)
+        return
+    for number, line in lines:
+        if line is None:
+            yield Item(source, number, error=f"the line is longer than {LINE_LIMIT // 2**20} MiB")
+        elif number == 1 and line.startswith(_UTF16_MARKS):
+            yield Item(source, 1, error="the file is UTF-16; save it as UTF-8")
+            return
+        elif kind == "jsonl":
+            yield _json_item(line, source, number, field)
+        else:
+            yield _text_item(line, source, number)
+
+
+def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
+    """Numbered lines without their ends; None in place of one that is too long."""
+    number = 0
+    while line := stream.readline(LINE_LIMIT):
+        number += 1
+        if len(line) == LINE_LIMIT and not line.endswith(b"\n"):
+            while (rest := stream.readline(LINE_LIMIT)) and not rest.endswith(b"\n"):
+                pass
+            yield number, None
+            continue
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        yield number, line.rstrip(b"\r\n")
+
+
+def _text_item(line: bytes, source: str, number: int) -> Item:
+    if not line.strip():
+        return Item(source, number, blank=True)
+    try:
+        return Item(source, number, line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return Item(source, number, error=f"the line is not valid UTF-8 (byte {error.start + 1})")
+
+
+def _json_item(line: bytes, source: str, number: int, field: str) -> Item:
+    if not line.strip():
+        return Item(source, number, blank=True)
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return Item(source, number, error=f"the line is not valid UTF-8 (byte {error.start + 1})")
+    except RecursionError:
+        return Item(source, number, error="the line's JSON is nested too deeply")
+    except ValueError as error:
+        return Item(source, number, error=f"the line is not valid JSON: {error}")
+    if isinstance(value, str):
+        return Item(source, number, value)
+    if not isinstance(value, dict):
+        return Item(source, number, error=f"the line holds a {type(value).__name__}, not an object")
+    if field not in value:
+        keys = ", ".join(list(value)[:8]) or "no fields"
+        return Item(
+            source, number, error=f"the object has no field {field!r}; it has {keys} (see --field)"
+        )
+    if not isinstance(value[field], str):
+        return Item(
+            source,
+            number,
+            error=f"field {field!r} holds a {type(value[field]).__name__}, not a string",
+        )
+    return Item(source, number, value[field])
+
+
+def _read_csv(lines: Iterable[tuple[int, bytes | None]], source: str, field: str) -> Iterator[Item]:
+    csv.field_size_limit(LINE_LIMIT)
+    position = _Position()
+    reader = csv.reader(position.track(lines), strict=True)
+    column: int | None = None
+    while True:
+        start = position.line + 1
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield Item(source, start, error=f"the row is not valid CSV: {error}")
+            continue
+        if not row:
+            continue
+        if column is None:
+            if field not in row:
+                header = ", ".join(row[:8])
+                yield Item(
+                    source,
+                    start,
+                    error=f"the header has no column {field!r}; it has {header} (see --field)",
+                )
+                return
+            column = row.index(field)
+        elif column >= len(row):
+            yield Item(
+                source,
+                start,
+                error=f"the row has {len(row)} columns and {field!r} is number {column + 1}",
+            )
+        elif _UNDECODABLE.search(row[column]):
+            yield Item(source, start, error="the row is not valid UTF-8")
+        else:
+            yield Item(source, start, row[column])
+
+
+class _Position:
+    """The number of the last line that a csv reader took: its own count stops at errors."""
+
+    def __init__(self) -> None:
+        self.line = 0
+
+    def track(self, lines: Iterable[tuple[int, bytes | None]]) -> Iterator[str]:
+        for number, line in lines:
+            self.line = number
+            # A line that is too long reads as invalid, so its row is reported and the rest goes on.
+            contents = b"\xff" if line is None else line
+            yield contents.decode("utf-8", errors="surrogateescape") + "\n"

@@ -1,0 +1,120 @@
+"""Verdicts as a table, JSON or JSON lines, written as they come."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import Any, Literal, TextIO
+
+from lance_edge.inputs import Item
+from lance_edge.verdict import Verdict
+
+OutputFormat = Literal["table", "json", "jsonl"]
+
+EXCERPT = 60  # characters of a prompt in a table row
+COLOURS = {"allow": "32", "rewrite": "33", "review": "35", "block": "31", "error": "31"}
+
+
+class Report:
+    """Writes one record per prompt, in the order they are given.
+
+    with_prompt  put the prompt's text into JSON records too; the table always shows an excerpt
+    """
+
+    def __init__(self, out: TextIO, output_format: OutputFormat, with_prompt: bool) -> None:
+        self._out = out
+        self._format = output_format
+        self._with_prompt = with_prompt
+        self._colour = out.isatty() and "NO_COLOR" not in os.environ
+        self._written = 0
+
+    def verdict(self, item: Item, verdict: Verdict) -> None:
+        if self._format == "table":
+            self._row(item, verdict)
+        else:
+            self._record(item, verdict.to_dict())
+
+    def error(self, item: Item, message: str) -> None:
+        """A prompt that could not be screened. In a table it goes to standard error alone."""
+        if self._format != "table":
+            self._record(item, {"error": message})
+
+    def close(self) -> None:
+        if self._format == "json":
+            self._out.write("\n]\n" if self._written else "[]\n")
+        self._out.flush()
+
+    def flush(self) -> None:
+        self._out.flush()
+
+    def _record(self, item: Item, values: dict[str, Any]) -> None:
+        record: dict[str, Any] = {"source": item.source, "line": item.line}
+        if self._with_prompt and item.text is not None:
+            record["prompt"] = item.text
+        text = json.dumps({**record, **values})
+        if self._format == "json":
+            self._out.write((",\n" if self._written else "[\n") + text)
+        else:
+            self._out.write(text + "\n")
+        self._written += 1
+
+    def _row(self, item: Item, verdict: Verdict) -> None:
+        highest = max(verdict.severity, key=verdict.severity.__getitem__)
+        shown = verdict.flagged[:3] or (highest,)
+        scores = ", ".join(
+            f"{name} {verdict.severity[name]:.2f}±{verdict.deviation[name]:.2f}" for name in shown
+        )
+        decision = self._paint(f"{verdict.decision:<7}", verdict.decision)
+        text = " ".join((item.text or "").split())
+        excerpt = text if len(text) <= EXCERPT else text[: EXCERPT - 1] + "…"
+        place = "" if item.source is None else f"{item.place}  "
+        self._out.write(f"{place}{decision}  {scores}  {printable(excerpt)}\n")
+        if verdict.spans:
+            self._out.write(f"         words: {printable(_words(item.text or '', verdict))}\n")
+        self._written += 1
+
+    def _paint(self, text: str, name: str) -> str:
+        return f"\x1b[{COLOURS[name]}m{text}\x1b[0m" if self._colour else text
+
+
+class Progress:
+    """A line on standard error that counts prompts, if a person is looking."""
+
+    def __init__(self, err: TextIO, enabled: bool) -> None:
+        self._err = err
+        self._enabled = enabled and err.isatty()
+        self._started = self._shown = time.monotonic()
+
+    def update(self, screened: int, flagged: int, failed: int) -> None:
+        now = time.monotonic()
+        if self._enabled and now - self._shown >= 0.2:
+            self._shown = now
+            rate = screened / max(1e-9, now - self._started)
+            self._err.write(
+                f"\r{screened:,} screened, {flagged:,} flagged, {failed:,} unreadable, {rate:,.0f}/s\x1b[K"
+            )
+            self._err.flush()
+
+    def clear(self) -> None:
+        if self._enabled:
+            self._err.write("\r\x1b[K")
+            self._err.flush()
+
+
+def printable(text: str) -> str:
+    """The text without characters that could steer a terminal or hide others."""
+    return "".join(character if character.isprintable() else "�" for character in text)
+
+
+def _words(text: str, verdict: Verdict) -> str:
+    seen: dict[str, None] = {}
+    for span in verdict.spans:
+        seen.setdefault(" ".join(text[span.start : span.end].split()))
+    return " | ".join(seen)
+
+
+def complain(message: str) -> None:
+    """One sentence on standard error."""
+    sys.stderr.write(f"lance-edge: {message}\n")

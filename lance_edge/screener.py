@@ -1,0 +1,188 @@
+"""Windows of token ids to labels: severities, deviations and token contributions.
+
+Knows tokens, not text. A prompt's labels do not depend on what is scored with it: windows are
+padded to a length that follows from their own, and only windows of one padded length share a run.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from lance_edge.bundle import Calibration
+from lance_edge.errors import BundleError
+from lance_edge.tokenizer import IntArray, Window
+from lance_edge_engines import Session
+
+FloatArray = npt.NDArray[np.float64]
+
+PAD_MULTIPLE = 8  # tokens
+RUN_TOKENS = 1024  # tokens in one run at most; past this, larger batches only cost memory
+
+
+@dataclass(frozen=True)
+class WindowLabels:
+    """What the screener says of one window; C categories.
+
+    severity       calibrated posterior mean of each category   [C]
+    deviation      its standard deviation   [C]
+    contributions  what each token adds to each category's logit   [tokens, C]
+    score_ms       the window's share of its run, by tokens
+    """
+
+    window: Window
+    severity: FloatArray
+    deviation: FloatArray
+    contributions: FloatArray
+    score_ms: float
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What the screener says of one prompt: per category, its most severe window decides.
+
+    severity, deviation  [C]
+    distribution         over none and the categories, sums to 1   [1 + C]
+    windows              the windows' own labels, in order
+    """
+
+    severity: FloatArray
+    deviation: FloatArray
+    distribution: FloatArray
+    windows: tuple[WindowLabels, ...]
+
+
+class Screener:
+    """The label-enhancement model behind a session."""
+
+    def __init__(self, session: Session, calibration: Sequence[Calibration]) -> None:
+        self._session = session
+        self._slope = np.array([item.slope for item in calibration])
+        self._intercept = np.array([item.intercept for item in calibration])
+        names = {spec.name for spec in session.outputs}
+        if names != {"mean", "deviation", "contributions"}:
+            raise BundleError(
+                f"the screener's graph has outputs {sorted(names)}, not mean, deviation and contributions"
+            )
+        width = next(spec.shape[-1] for spec in session.outputs if spec.name == "mean")
+        if width is not None and width != len(calibration):
+            raise BundleError(
+                f"the screener's graph knows {width} categories and the taxonomy {len(calibration)}"
+            )
+
+    @property
+    def device(self) -> str:
+        return self._session.device
+
+    def score(self, prompts: Sequence[Sequence[Window]]) -> list[Labels]:
+        """The labels of each prompt, given as its windows, in order."""
+        flat = [window for windows in prompts for window in windows]
+        scored = self._score_windows(flat)
+        labels, start = [], 0
+        for windows in prompts:
+            labels.append(_combine(scored[start : start + len(windows)]))
+            start += len(windows)
+        return labels
+
+    def close(self) -> None:
+        self._session.close()
+
+    def _score_windows(self, windows: Sequence[Window]) -> list[WindowLabels]:
+        scored: dict[int, WindowLabels] = {}
+        for length, indices in runs([len(window.ids) for window in windows]):
+            rows = [windows[index] for index in indices]
+            started = time.perf_counter()
+            outputs = self._session.run(pad(rows, length))
+            share_ms = (time.perf_counter() - started) * 1000 / len(rows)
+            for row, index in enumerate(indices):
+                scored[index] = self._calibrate(
+                    rows[row],
+                    outputs["mean"][row].astype(np.float64),
+                    outputs["deviation"][row].astype(np.float64),
+                    outputs["contributions"][row].astype(np.float64),
+                    share_ms,
+                )
+        return [scored[index] for index in range(len(windows))]
+
+    def _calibrate(
+        self,
+        window: Window,
+        mean: FloatArray,
+        deviation: FloatArray,
+        contributions: FloatArray,
+        score_ms: float,
+    ) -> WindowLabels:
+        mean, deviation = self._slope * mean + self._intercept, self._slope * deviation
+        spread = spread_of(deviation)
+        severity = sigmoid(mean / spread)
+        return WindowLabels(
+            window,
+            severity,
+            np.sqrt(severity * (1 - severity) * (1 - 1 / spread)),
+            contributions[: len(window.ids)] * (self._slope / spread),
+            score_ms,
+        )
+
+
+def runs(lengths: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+    """How windows of these lengths share runs: (padded length, indices), long ones first."""
+    by_length: dict[int, list[int]] = defaultdict(list)
+    for index, length in enumerate(lengths):
+        by_length[math.ceil(length / PAD_MULTIPLE) * PAD_MULTIPLE].append(index)
+    for padded in sorted(by_length, reverse=True):
+        rows = max(1, RUN_TOKENS // padded)
+        indices = by_length[padded]
+        for start in range(0, len(indices), rows):
+            yield padded, indices[start : start + rows]
+
+
+def pad(windows: Sequence[Window], length: int) -> dict[str, IntArray]:
+    """The graph's inputs: ids and mask  [windows, length]"""
+    ids = np.zeros((len(windows), length), dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for row, window in enumerate(windows):
+        ids[row, : len(window.ids)] = window.ids
+        mask[row, : len(window.ids)] = 1
+    return {"ids": ids, "mask": mask}
+
+
+def sigmoid(logit: FloatArray) -> FloatArray:
+    """1 / (1 + exp(-logit)), without overflow."""
+    result: FloatArray = 0.5 * (1 + np.tanh(0.5 * logit))
+    return result
+
+
+def spread_of(deviation: FloatArray) -> FloatArray:
+    """sqrt(1 + pi sigma^2 / 8): mean of sigmoid(z) ~ sigmoid(mu / spread), its variance
+    ~ s (1 - s) (1 - 1 / spread), for z normal with deviation sigma.
+
+    MacKay, Neural Computation 4(5), 1992; the variance after Daunizeau, arXiv 1703.00091.
+    """
+    result: FloatArray = np.sqrt(1 + math.pi * deviation**2 / 8)
+    return result
+
+
+def distribution(severity: FloatArray) -> FloatArray:
+    """Shares of none and the categories: none = prod(1 - s_k), the rest in proportion to s_k.
+
+    severity [C] -> [1 + C]
+    """
+    none = float(np.prod(1 - severity))
+    total = float(severity.sum())
+    shares = severity / total if total > 0 else np.zeros_like(severity)
+    return np.concatenate([[none], (1 - none) * shares])
+
+
+def _combine(windows: Sequence[WindowLabels]) -> Labels:
+    severities = np.stack([window.severity for window in windows])  # [windows, C]
+    deviations = np.stack([window.deviation for window in windows])
+    worst = severities.argmax(0)
+    columns = np.arange(severities.shape[1])
+    severity = severities[worst, columns]
+    return Labels(severity, deviations[worst, columns], distribution(severity), tuple(windows))

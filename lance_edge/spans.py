@@ -1,0 +1,97 @@
+"""Token contributions to the words that carry a hazard. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lance_edge.screener import FloatArray, WindowLabels
+from lance_edge.tokenizer import Window
+from lance_edge.verdict import Span
+
+COVER = 0.6  # spans hold the strongest words that together make this share of the evidence
+JOIN = 1  # words left out between two chosen ones that still belong to one span
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word of a window: its characters and its share of the positive evidence."""
+
+    start: int
+    end: int
+    share: float
+
+
+def hazard_spans(
+    windows: Iterable[WindowLabels], thresholds: FloatArray, categories: Sequence[str]
+) -> tuple[Span, ...]:
+    """The spans of every category that a window puts at or above its threshold  [C]"""
+    found = []
+    for labels in windows:
+        for k in np.flatnonzero(labels.severity >= thresholds).tolist():
+            words = word_shares(labels.window, labels.contributions[:, k])
+            found += [Span(a, b, categories[k], weight) for a, b, weight in join(words)]
+    return merge(found)
+
+
+def word_shares(window: Window, contributions: FloatArray) -> list[Word]:
+    """Each word's share of the positive contributions  [tokens]; empty if there are none.
+
+    The bias stays out: it says how rare a category is, not where it is.
+    """
+    words: list[tuple[int, int, float]] = []
+    previous = -1
+    for token, word in enumerate(window.words):
+        if word < 0:
+            continue
+        start, end = window.offsets[token]
+        if word == previous:
+            first, _, sum_so_far = words.pop()
+            words.append((first, int(end), sum_so_far + float(contributions[token])))
+        else:
+            words.append((int(start), int(end), float(contributions[token])))
+        previous = word
+    total = sum(max(0.0, weight) for _, _, weight in words)
+    if total <= 0:
+        return []
+    return [Word(start, end, max(0.0, weight) / total) for start, end, weight in words]
+
+
+def join(words: Sequence[Word]) -> list[tuple[int, int, float]]:
+    """The strongest words that cover the evidence, neighbours joined: (start, end, share)."""
+    chosen: set[int] = set()
+    covered = 0.0
+    for index in sorted(range(len(words)), key=lambda i: -words[i].share):
+        if covered >= COVER:
+            break
+        chosen.add(index)
+        covered += words[index].share
+    spans: list[tuple[int, int, float]] = []
+    last = -1
+    for index in sorted(chosen):
+        word = words[index]
+        if spans and index - last <= 1 + JOIN:
+            start, _, share = spans.pop()
+            spans.append(
+                (start, word.end, share + sum(w.share for w in words[last + 1 : index + 1]))
+            )
+        else:
+            spans.append((word.start, word.end, word.share))
+        last = index
+    return spans
+
+
+def merge(spans: Sequence[Span]) -> tuple[Span, ...]:
+    """Overlapping spans of one category, from neighbouring windows, become one; ordered by start."""
+    merged: list[Span] = []
+    for span in sorted(spans, key=lambda s: (s.category, s.start, s.end)):
+        last = merged[-1] if merged else None
+        if last and last.category == span.category and span.start < last.end:
+            weight = max(last.weight, span.weight)
+            merged[-1] = Span(last.start, max(last.end, span.end), span.category, weight)
+        else:
+            merged.append(span)
+    rounded = (Span(s.start, s.end, s.category, min(1.0, s.weight)) for s in merged)
+    return tuple(sorted(rounded, key=lambda s: (s.start, s.end, s.category)))

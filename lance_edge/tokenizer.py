@@ -1,0 +1,90 @@
+"""Text to token ids and back to character offsets. Knows tokens, not models.
+
+A user's text never becomes a special token: "[SEP]" typed by a user is encoded as
+the plain characters it is made of.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Encoding
+from tokenizers import Tokenizer as HFTokenizer
+
+from lance_edge.errors import InvalidPrompt
+
+IntArray = npt.NDArray[np.int64]
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Window:
+    """One stretch of a prompt that fits the encoder.
+
+    ids      token ids, special tokens included   [tokens]
+    offsets  character range of each token in the prompt   [tokens, 2]; (0, 0) if special
+    words    index of the word each token belongs to   [tokens]; -1 if special
+    """
+
+    ids: IntArray
+    offsets: IntArray
+    words: IntArray
+
+
+class Tokenizer:
+    """A `tokenizers` tokenizer that cuts long prompts into overlapping windows.
+
+    window   tokens in a window, special tokens included
+    overlap  tokens that neighbouring windows share
+    """
+
+    def __init__(self, serialized: bytes, window: int, overlap: int) -> None:
+        self._tokenizer = HFTokenizer.from_str(serialized.decode("utf-8"))
+        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(window, stride=overlap)
+        self.window = window
+        self.overlap = overlap
+
+    def encode(self, text: str) -> list[Window]:
+        """The prompt's windows, in order; one if the prompt is short.
+
+        Raises InvalidPrompt if the text is blank, not valid Unicode, or holds nothing to read.
+        """
+        check_text(text)
+        first = self._tokenizer.encode(text)
+        windows = [_window(encoding) for encoding in [first, *first.overflowing]]
+        if all((window.words < 0).all() for window in windows):
+            raise InvalidPrompt(
+                "the prompt holds only invisible characters; there is nothing to screen"
+            )
+        return windows
+
+
+def check_text(text: str) -> None:
+    """Raise InvalidPrompt for a text that no tokenizer can read faithfully."""
+    if not isinstance(text, str):
+        raise InvalidPrompt(f"a prompt must be a str, not {type(text).__name__}")
+    if not text or text.isspace():
+        raise InvalidPrompt("the prompt is empty; there is nothing to screen")
+    if (nul := text.find("\0")) >= 0:
+        raise InvalidPrompt(f"the prompt has a NUL character at position {nul}; remove it")
+    if surrogate := _SURROGATE.search(text):
+        raise InvalidPrompt(
+            f"the prompt has a lone surrogate at position {surrogate.start()}, so it is not valid "
+            "Unicode; decode its bytes with the right encoding"
+        )
+
+
+def _window(encoding: Encoding) -> Window:
+    words: Sequence[int | None] = encoding.word_ids
+    return Window(
+        ids=np.array(encoding.ids, dtype=np.int64),
+        offsets=np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2),
+        words=np.array([-1 if word is None else word for word in words], dtype=np.int64),
+    )

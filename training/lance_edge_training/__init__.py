@@ -1,0 +1,1 @@
+"""Trains the label-enhancement screener. Needs torch; the runtime never imports it."""

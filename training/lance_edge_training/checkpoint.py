@@ -1,0 +1,68 @@
+"""A trained screener on disk: a Hugging Face encoder folder plus our head.
+
+config.json, model.safetensors, tokenizer.json   the encoder
+head.safetensors                                 pooling and prior
+screener.json                                    head kind, window, provenance
+taxonomy.json, calibration.json
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel
+
+from lance_edge_training.model import Screener
+
+
+def new_screener(encoder: Path, categories: int, kind: str, attention: str = "sdpa") -> Screener:
+    """A screener with a fresh head on a pretrained encoder."""
+    return Screener(_load_encoder(encoder, attention), categories, kind)  # type: ignore[arg-type]
+
+
+def save_screener(
+    screener: Screener,
+    folder: Path,
+    tokenizer: Path,
+    taxonomy: list[dict[str, Any]],
+    description: dict[str, Any],
+) -> None:
+    """Write a trained screener; `description` holds window, overlap and provenance."""
+    folder.mkdir(parents=True, exist_ok=True)
+    screener.encoder.save_pretrained(folder)  # type: ignore[operator]
+    save_file(screener.head.state_dict(), folder / "head.safetensors")
+    shutil.copyfile(tokenizer, folder / "tokenizer.json")
+    write_json(folder / "taxonomy.json", taxonomy)
+    write_json(folder / "screener.json", {"head": screener.head.kind, **description})
+
+
+def load_screener(folder: Path) -> tuple[Screener, dict[str, Any]]:
+    """The screener in evaluation mode, and the contents of screener.json."""
+    description = json.loads((folder / "screener.json").read_text())
+    taxonomy = json.loads((folder / "taxonomy.json").read_text())
+    # Eager attention: the exporter turns it into plain MatMul and Softmax nodes.
+    screener = new_screener(folder, len(taxonomy), description["head"], attention="eager")
+    screener.head.load_state_dict(load_file(folder / "head.safetensors"))
+    return screener.eval(), description
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _load_encoder(folder: Path, attention: str) -> Any:
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config.attention_probs_dropout_prob = 0.0  # fused attention is slow with dropout
+    return AutoModel.from_pretrained(
+        folder,
+        config=config,
+        add_pooling_layer=False,
+        attn_implementation=attention,
+        use_safetensors=True,
+        local_files_only=True,
+    )

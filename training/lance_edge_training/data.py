@@ -1,0 +1,271 @@
+"""Labelled prompts and the batches made of them. Knows rows, not models.
+
+Three kinds of supervision meet here, per row and per category:
+graded   a severity in 0..1 for every category;
+coarse   a 0/1 label for the categories the source speaks of (a benign row speaks of all);
+harmful  the source's yes/no for the prompt as a whole.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lance_edge.tokenizer import Tokenizer
+
+Supervision = Literal["all", "binary"]
+
+HARMFUL_SEVERITY = 0.5  # a category is positive, and a prompt harmful, from here on
+BENIGN_SEVERITY = 0.2  # a prompt is benign up to here; between the two it counts as neither
+
+
+@dataclass(frozen=True)
+class Example:
+    """One labelled prompt.
+
+    labels    category -> 0 or 1, for the categories that the source speaks of
+    severity  category -> 0..1, absent categories being 0; None if the row is not graded
+    harmful   the yes/no for the whole prompt; None if unknown
+    spans     substrings that carry the hazard
+    group     near-twins share it; they stay on one side of any split
+    """
+
+    prompt: str
+    source: str
+    kind: str
+    labels: dict[str, float]
+    severity: dict[str, float] | None
+    harmful: bool | None
+    spans: tuple[str, ...] = ()
+    group: str | None = None
+
+    @property
+    def easy(self) -> bool:
+        """A benign prompt from a source of benign prompts: most of them teach little."""
+        return self.kind == "prompt" and self.severity is None and self.harmful is False
+
+    @property
+    def positive(self) -> frozenset[str]:
+        """Categories known to apply."""
+        graded = (self.severity or {}).items()
+        return frozenset(
+            [name for name, value in graded if value >= HARMFUL_SEVERITY]
+            + [name for name, value in self.labels.items() if value and self.severity is None]
+        )
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON-lines file, gzipped or not."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
+
+
+def prompt_example(row: dict[str, Any], categories: Sequence[str]) -> Example:
+    """A row of a prompts file."""
+    severity = row.get("severity")
+    harmful = row.get("harmful")
+    labels = dict.fromkeys(row.get("labels") or [], 1.0)
+    if severity is not None:
+        harmful = _harmful(severity)
+    elif harmful is False:
+        labels = dict.fromkeys(categories, 0.0)
+    _check(row, categories)
+    return Example(row["prompt"], row["source"], "prompt", labels, severity, harmful)
+
+
+def pair_examples(row: dict[str, Any], categories: Sequence[str]) -> list[Example]:
+    """A refinement record: its prompt, and its rewrite as a benign near-twin."""
+    _check(row, categories)
+    severity = row["severity"]
+    prompt = Example(
+        row["prompt"],
+        row["source"],
+        row["kind"],
+        {},
+        severity,
+        _harmful(severity),
+        tuple(row["spans"]),
+        row.get("group"),
+    )
+    if row["action"] != "rewrite":
+        return [prompt]
+    benign = dict.fromkeys(categories, 0.0)
+    return [prompt, Example(row["refined"], row["source"], "refined", benign, None, False)]
+
+
+def load_examples(
+    folder: Path, split: Literal["train", "dev"], categories: Sequence[str]
+) -> list[Example]:
+    """All examples of a split; of the training split, only rows whose licence allows training."""
+    prompts = read_rows(folder / "prompts" / f"{split}.jsonl.gz")
+    pairs = read_rows(folder / "pairs" / ("train.jsonl" if split == "train" else "test.jsonl"))
+    examples = [
+        prompt_example(row, categories)
+        for row in prompts
+        if split == "dev" or row["may_train"] is True
+    ]
+    for row in pairs:
+        if split == "dev":
+            examples.append(pair_examples(row, categories)[0])
+        elif row["may_train"] is True:
+            examples.extend(pair_examples(row, categories))
+    return examples
+
+
+def binarise(example: Example, categories: Sequence[str]) -> Example:
+    """The same example with its severities cut to 0/1 labels, as a coarse source would give it."""
+    if example.severity is None:
+        return example
+    labels = {
+        name: float(example.severity.get(name, 0.0) >= HARMFUL_SEVERITY) for name in categories
+    }
+    return replace(example, labels=labels, severity=None)
+
+
+def _harmful(severity: dict[str, float]) -> bool | None:
+    highest = max(severity.values(), default=0.0)
+    if highest >= HARMFUL_SEVERITY:
+        return True
+    return False if highest <= BENIGN_SEVERITY else None
+
+
+def _check(row: dict[str, Any], categories: Sequence[str]) -> None:
+    named = set(row.get("labels") or []) | set(row.get("severity") or {})
+    if unknown := named - set(categories):
+        raise ValueError(f"row {row['id']}: categories {sorted(unknown)} are not in the taxonomy")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tensors of one training step; B rows, T tokens, C categories.
+
+    coarse, observed  what the posterior is told: labels and which of them it sees  [B, C]
+    severity, graded  continuous truth, where `graded` is 1                         [B, C], [B]
+    harmful           1, 0, or -1 where unknown                                     [B]
+    span              1 on tokens that carry the hazard; all 0 where not annotated  [B, T]
+    """
+
+    ids: Tensor
+    mask: Tensor
+    coarse: Tensor
+    observed: Tensor
+    severity: Tensor
+    graded: Tensor
+    harmful: Tensor
+    span: Tensor
+
+    def to(self, device: str) -> Batch:
+        return Batch(**{name: value.to(device) for name, value in vars(self).items()})
+
+
+class Corpus:
+    """Tokenised examples, dealt out as batches of similar length.
+
+    The order depends on the seed and the epoch alone, so a resumed run sees the same batches.
+    An epoch deals only a share of the easy rows (coarse and benign), another one each time.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        categories: Sequence[str],
+        tokenizer: Tokenizer,
+        tokens_per_batch: int,
+        seed: int,
+        easy_share: float = 1.0,
+    ) -> None:
+        self.examples = examples
+        self.categories = list(categories)
+        self.tokens_per_batch = tokens_per_batch
+        self.seed = seed
+        self.easy_share = easy_share
+        self._windows = [tokenizer.encode(example.prompt)[0] for example in examples]
+
+    def batches(self, epoch: int) -> list[list[int]]:
+        """Indices of each batch of an epoch: neighbours in length, shuffled as batches."""
+        rng = random.Random(f"{self.seed}-{epoch}")
+        jitter = [len(window.ids) * rng.uniform(0.9, 1.1) for window in self._windows]
+        dealt_rows = [
+            index
+            for index, example in enumerate(self.examples)
+            if not example.easy or rng.random() < self.easy_share
+        ]
+        order = sorted(dealt_rows, key=jitter.__getitem__)
+        dealt: list[list[int]] = [[]]
+        longest = 0
+        for index in order:
+            longest = max(longest, len(self._windows[index].ids))
+            if dealt[-1] and longest * (len(dealt[-1]) + 1) > self.tokens_per_batch:
+                dealt.append([])
+                longest = len(self._windows[index].ids)
+            dealt[-1].append(index)
+        rng.shuffle(dealt)
+        return dealt
+
+    def collate(self, indices: Sequence[int], rng: random.Random) -> Batch:
+        """The tensors of one batch. `rng` decides which labels of graded rows the posterior sees."""
+        rows, tokens = len(indices), max(len(self._windows[i].ids) for i in indices)
+        cells = (rows, len(self.categories))
+        ids, mask, span = (torch.zeros(rows, tokens, dtype=torch.long) for _ in range(3))
+        coarse, observed, severity = (torch.zeros(cells) for _ in range(3))
+        graded, harmful = torch.zeros(rows), torch.full((rows,), -1.0)
+        for row, index in enumerate(indices):
+            example, window = self.examples[index], self._windows[index]
+            length = len(window.ids)
+            ids[row, :length] = torch.from_numpy(window.ids)
+            mask[row, :length] = 1
+            span[row, :length] = _span_tokens(example, window.offsets.tolist())
+            if example.harmful is not None:
+                harmful[row] = float(example.harmful)
+            labels = example.labels
+            if example.severity is not None:
+                graded[row] = 1
+                for name, value in example.severity.items():
+                    severity[row, self.categories.index(name)] = value
+                labels = coarse_view(example, self.categories, rng)
+            for name, value in labels.items():
+                coarse[row, self.categories.index(name)] = value
+                observed[row, self.categories.index(name)] = 1
+        return Batch(ids, mask, coarse, observed, severity, graded, harmful, span)
+
+
+def coarse_view(
+    example: Example, categories: Sequence[str], rng: random.Random
+) -> dict[str, float]:
+    """What a coarse source might have said of a graded row.
+
+    The posterior learns on graded rows how coarse labels and severities go together, and is
+    then trusted with rows that have only coarse labels. So it must meet every kind of these:
+    all categories labelled, one positive label, or none.
+    """
+    kind = rng.choice(["all", "one", "none"])
+    if kind == "all":
+        return binarise(example, categories).labels
+    positive = sorted(example.positive)
+    return {rng.choice(positive): 1.0} if kind == "one" and positive else {}
+
+
+def _span_tokens(example: Example, offsets: Sequence[Sequence[int]]) -> Tensor:
+    """1 for each token inside an annotated hazard span of the prompt  [tokens]"""
+    ranges = []
+    for text in example.spans:
+        start = example.prompt.find(text)
+        if start >= 0:
+            ranges.append((start, start + len(text)))
+    return torch.tensor(
+        [int(any(a < end and b > start for start, end in ranges)) for a, b in offsets],
+        dtype=torch.long,
+    )

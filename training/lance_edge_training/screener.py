@@ -1,0 +1,245 @@
+"""Trains the screener: `python -m lance_edge_training.screener --help`.
+
+One command, fixed seeds, resumable: run it again after an interruption and it goes on
+from the last checkpoint with the batches it would have seen.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lance_edge.tokenizer import Tokenizer
+from lance_edge_training.checkpoint import new_screener, save_screener
+from lance_edge_training.data import Batch, Corpus, Example, Supervision, binarise, load_examples
+from lance_edge_training.model import Enhancer, HeadKind, Screener
+from lance_edge_training.objective import Weights, plain_terms, total, variational_terms
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the outcome of a training run."""
+
+    head: HeadKind = "variational"
+    supervision: Supervision = "all"
+    epochs: int = 4
+    rows: int | None = None  # train on this many rows only, drawn with the seed
+    tokens_per_batch: int = 2048
+    easy_share: float = 0.4  # of the coarse benign rows, in each epoch
+    encoder_rate: float = 1.5e-4
+    head_rate: float = 1e-3
+    warmup: float = 0.06  # share of all steps
+    weight_decay: float = 0.01
+    window: int = 256
+    overlap: int = 64
+    train_window: int = 128  # tokens; a longer prompt is read up to here in training
+    seed: int = 17
+
+
+class Trainer:
+    """A training run: modules, optimiser and position, saved and restored together."""
+
+    def __init__(
+        self,
+        screener: Screener,
+        corpus: Corpus,
+        settings: Settings,
+        weights: Weights,
+        device: str,
+        bf16: bool,
+    ) -> None:
+        hidden = screener.head.mean.in_features
+        self.screener = screener.to(device).train()
+        self.enhancer = (
+            Enhancer(hidden, len(corpus.categories)).to(device)
+            if settings.head == "variational"
+            else None
+        )
+        self.corpus, self.settings, self.weights = corpus, settings, weights
+        self.device, self.bf16 = device, bf16
+        self.steps = sum(len(corpus.batches(epoch)) for epoch in range(settings.epochs))
+        self.step = 0
+        # The embeddings stay as pretrained: half of all weights, and rare words would overfit.
+        screener.encoder.get_input_embeddings().requires_grad_(False)  # type: ignore[operator]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": self._encoder_parameters(), "lr": settings.encoder_rate},
+                {"params": self._head_parameters(), "lr": settings.head_rate},
+            ],
+            weight_decay=settings.weight_decay,
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
+
+    def run(self, checkpoint: Path, save_every: int) -> None:
+        """Train to the end, saving to `checkpoint` every `save_every` steps."""
+        if checkpoint.exists():
+            self._restore(checkpoint)
+        progress = tqdm(total=self.steps, initial=self.step, unit="step", mininterval=5)
+        position = 0
+        for epoch in range(self.settings.epochs):
+            for indices in self.corpus.batches(epoch):
+                position += 1
+                if position <= self.step:
+                    continue
+                rng = random.Random(f"{self.settings.seed}-{position}")
+                terms = self.train_step(self.corpus.collate(indices, rng).to(self.device))
+                progress.set_postfix(
+                    {name: f"{value:.3f}" for name, value in terms.items()}, refresh=False
+                )
+                progress.update()
+                if self.step % save_every == 0:
+                    self._save(checkpoint)
+        progress.close()
+
+    def train_step(self, batch: Batch) -> dict[str, float]:
+        """One optimiser step; returns the weighted loss terms."""
+        torch.manual_seed(self.settings.seed + self.step)
+        with torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.bf16):
+            reading = self.screener(batch.ids, batch.mask)
+        terms = self._terms(reading, batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        total(terms).backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self._encoder_parameters() + self._head_parameters(), 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+        self.step += 1
+        return {name: value.item() for name, value in terms.items()}
+
+    def _terms(self, reading: Any, batch: Batch) -> dict[str, Tensor]:
+        if self.enhancer is None:
+            return plain_terms(reading, batch, self.weights)
+        anneal = min(1.0, self.step / max(1.0, 0.3 * self.steps))
+        return variational_terms(reading, self.enhancer, batch, self.weights, anneal)
+
+    def _rate(self, step: int) -> float:
+        warmup = max(1.0, self.settings.warmup * self.steps)
+        if step < warmup:
+            return (step + 1) / warmup
+        return max(0.0, (self.steps - step) / (self.steps - warmup))
+
+    def _head_parameters(self) -> list[nn.Parameter]:
+        enhancer = [] if self.enhancer is None else list(self.enhancer.parameters())
+        return list(self.screener.head.parameters()) + enhancer
+
+    def _encoder_parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.screener.encoder.parameters() if p.requires_grad]
+
+    def _save(self, path: Path) -> None:
+        partial = path.with_suffix(".partial")
+        torch.save(
+            {
+                "step": self.step,
+                "settings": asdict(self.settings),
+                "screener": self.screener.state_dict(),
+                "enhancer": None if self.enhancer is None else self.enhancer.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+            },
+            partial,
+        )
+        partial.replace(path)
+
+    def _restore(self, path: Path) -> None:
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        if state["settings"] != asdict(self.settings):
+            raise ValueError(
+                f"{path} was written with other settings; give them again, or remove it to start afresh"
+            )
+        self.step = state["step"]
+        self.screener.load_state_dict(state["screener"])
+        if self.enhancer is not None:
+            self.enhancer.load_state_dict(state["enhancer"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+
+
+def training_examples(data: Path, categories: list[str], settings: Settings) -> list[Example]:
+    """The rows that a run trains on."""
+    examples = load_examples(data, "train", categories)
+    if settings.supervision == "binary":
+        examples = [binarise(example, categories) for example in examples]
+    if settings.rows is not None and settings.rows < len(examples):
+        examples = random.Random(settings.seed).sample(examples, settings.rows)
+    return examples
+
+
+def has_bf16(device: str) -> bool:
+    """Whether bfloat16 is fast here: in hardware, not emulated."""
+    if device.startswith("cuda"):
+        return bool(torch.cuda.is_bf16_supported())
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def main(
+    encoder: Annotated[Path, typer.Option(help="Hugging Face folder of the pretrained encoder.")],
+    data: Annotated[Path, typer.Option(help="Folder with prompts/ and pairs/.")],
+    out: Annotated[Path, typer.Option(help="Where the checkpoint goes.")],
+    taxonomy: Annotated[Path, typer.Option()] = Path("training/taxonomies/default.json"),
+    head: Annotated[str, typer.Option(help="variational or plain")] = "variational",
+    supervision: Annotated[str, typer.Option(help="all, or binary: severities cut to 0/1")] = "all",
+    epochs: Annotated[int, typer.Option(min=1)] = Settings.epochs,
+    rows: Annotated[int | None, typer.Option(min=1, help="Train on this many rows only.")] = None,
+    seed: Annotated[int, typer.Option()] = Settings.seed,
+    device: Annotated[str, typer.Option(help="cpu, or cuda:0")] = "cpu",
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 200,
+) -> None:
+    """Train a screener, or its ablations, and save it as a checkpoint for the export."""
+    if head not in ("variational", "plain") or supervision not in ("all", "binary"):
+        raise typer.BadParameter("--head is variational or plain; --supervision is all or binary")
+    settings = Settings(head=head, supervision=supervision, epochs=epochs, rows=rows, seed=seed)  # type: ignore[arg-type]
+    entries = json.loads(taxonomy.read_text(encoding="utf-8"))
+    categories = [entry["name"] for entry in entries]
+    serialized = encoder / "tokenizer.json"
+    tokenizer = Tokenizer(serialized.read_bytes(), settings.train_window, 0)
+    examples = training_examples(data, categories, settings)
+    torch.manual_seed(settings.seed)
+    corpus = Corpus(
+        examples,
+        categories,
+        tokenizer,
+        settings.tokens_per_batch,
+        settings.seed,
+        settings.easy_share,
+    )
+    weights = Weights()
+    bf16 = has_bf16(device)
+    trainer = Trainer(
+        new_screener(encoder, len(categories), settings.head),
+        corpus,
+        settings,
+        weights,
+        device,
+        bf16,
+    )
+    typer.echo(
+        f"{len(examples)} rows, {trainer.steps} steps on {device}, {'bf16' if bf16 else 'fp32'}",
+        err=True,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    trainer.run(out / "training.pt", save_every)
+    sources = sorted({example.source for example in examples})
+    description = {
+        "window": settings.window,
+        "overlap": settings.overlap,
+        "provenance": {
+            "settings": asdict(settings),
+            "weights": asdict(weights),
+            "rows": len(examples),
+            "sources": sources,
+            "torch": torch.__version__,
+        },
+    }
+    save_screener(trainer.screener, out, serialized, entries, description)
+
+
+if __name__ == "__main__":
+    typer.run(main)
