@@ -7,6 +7,7 @@ the plain characters it is made of.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from tokenizers import Tokenizer as HFTokenizer
 from lance_edge.errors import InvalidPrompt
 
 IntArray = npt.NDArray[np.int64]
+
+VISIBLE = "LNPS"  # general categories: letters, numbers, punctuation, symbols
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -54,16 +57,11 @@ class Tokenizer:
     def encode(self, text: str) -> list[Window]:
         """The prompt's windows, in order; one if the prompt is short.
 
-        Raises InvalidPrompt if the text is blank, not valid Unicode, or holds nothing to read.
+        Raises InvalidPrompt if the text is blank or not valid Unicode.
         """
         check_text(text)
         first = self._tokenizer.encode(text)
-        windows = [_window(encoding) for encoding in [first, *first.overflowing]]
-        if all((window.words < 0).all() for window in windows):
-            raise InvalidPrompt(
-                "the prompt holds only invisible characters; there is nothing to screen"
-            )
-        return windows
+        return [_window(encoding) for encoding in [first, *first.overflowing]]
 
 
 def check_text(text: str) -> None:
@@ -72,6 +70,10 @@ def check_text(text: str) -> None:
         raise InvalidPrompt(f"a prompt must be a str, not {type(text).__name__}")
     if not text or text.isspace():
         raise InvalidPrompt("the prompt is empty; there is nothing to screen")
+    if not any(unicodedata.category(character)[0] in VISIBLE for character in text):
+        raise InvalidPrompt(
+            "the prompt holds only invisible characters; there is nothing to screen"
+        )
     if (nul := text.find("\0")) >= 0:
         raise InvalidPrompt(f"the prompt has a NUL character at position {nul}; remove it")
     if surrogate := _SURROGATE.search(text):

@@ -1,0 +1,35 @@
+"""Fixtures that every test may use. `tiny` explains the bundle's arithmetic."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import tiny
+
+import lance_edge
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the tiny bundle; tests must not change it."""
+    return tiny.write_bundle(tmp_path_factory.mktemp("bundles") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def guard(tiny_bundle: Path) -> Iterator[lance_edge.Pipeline]:
+    """A pipeline on the tiny bundle."""
+    with lance_edge.load(tiny_bundle, device="cpu") as pipeline:
+        yield pipeline
+
+
+@pytest.fixture(scope="session")
+def default_guard() -> Iterator[lance_edge.Pipeline]:
+    """A pipeline on the bundle that is installed with the package."""
+    with lance_edge.load(device="cpu") as pipeline:
+        yield pipeline

@@ -1,0 +1,162 @@
+"""One request from top to bottom, on a bundle whose numbers can be worked out by hand."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from importlib.resources import files
+from pathlib import Path
+
+import jsonschema
+import pytest
+import tiny
+from tiny import BIAS, severity_of
+
+import lance_edge
+
+
+def test_severity_is_the_posterior_mean(guard: lance_edge.Pipeline) -> None:
+    verdict = guard.screen("hello bomb")
+    assert verdict.severity == pytest.approx(
+        {
+            "violence": severity_of(BIAS + 8),
+            "privacy": severity_of(BIAS),
+            "child": severity_of(BIAS),
+        }
+    )
+    assert verdict.decision == "rewrite"
+    assert verdict.flagged == ("violence",)
+
+
+def test_benign_prompt_is_allowed(guard: lance_edge.Pipeline) -> None:
+    verdict = guard.screen("hello the cake")
+    assert (verdict.decision, verdict.flagged, verdict.spans) == ("allow", (), ())
+
+
+def test_strongest_action_decides(guard: lance_edge.Pipeline) -> None:
+    verdict = guard.screen("bomb minor")
+    assert verdict.flagged == ("child", "violence")  # the most severe first
+    assert verdict.decision == "block"
+
+
+def test_distribution_has_none_and_sums_to_one(guard: lance_edge.Pipeline) -> None:
+    verdict = guard.screen("bomb spy")
+    severities = list(verdict.severity.values())
+    none = (1 - severities[0]) * (1 - severities[1]) * (1 - severities[2])
+    assert verdict.distribution["none"] == pytest.approx(none)
+    assert sum(verdict.distribution.values()) == pytest.approx(1)
+    ratio = verdict.distribution["violence"] / verdict.distribution["child"]
+    assert ratio == pytest.approx(severities[0] / severities[2])
+
+
+def test_spans_are_offsets_into_the_original_text(guard: lance_edge.Pipeline) -> None:
+    text = "  Hello,\tthe BOMB? 日本語 spy"
+    spans = {span.category: text[span.start : span.end] for span in guard.screen(text).spans}
+    assert spans == {"violence": "BOMB", "privacy": "spy"}
+
+
+def test_long_prompt_is_read_in_full(guard: lance_edge.Pipeline) -> None:
+    """A hazard is found wherever it stands; the window holds 14 words."""
+    for position in range(0, 100, 7):
+        words = ["hello"] * 100
+        words[position] = "bomb"
+        text = " ".join(words)
+        verdict = guard.screen(text)
+        assert verdict.windows > 1
+        assert verdict.severity["violence"] == pytest.approx(severity_of(BIAS + 8))
+        assert [text[span.start : span.end] for span in verdict.spans] == ["bomb"]
+
+
+def test_neighbouring_windows_share_words(guard: lance_edge.Pipeline) -> None:
+    windows = guard.encode(" ".join(["hello"] * 40)).windows
+    for left, right in zip(windows, windows[1:], strict=False):
+        shared = set(map(tuple, left.offsets[1:-1])) & set(map(tuple, right.offsets[1:-1]))
+        assert len(shared) == guard.tokenizer.overlap
+    ends = {tuple(offset) for window in windows for offset in window.offsets[1:-1].tolist()}
+    assert len(ends) == 40  # every word is in some window
+
+
+def test_special_tokens_in_a_prompt_are_plain_text(guard: lance_edge.Pipeline) -> None:
+    (window,) = guard.encode("hello [SEP] [PAD] bomb").windows
+    separator = guard.tokenizer.encode("hello")[0].ids[-1]
+    assert (window.ids == separator).sum() == 1
+    assert guard.screen("hello [SEP] [PAD] bomb").flagged == ("violence",)
+
+
+def test_a_verdict_does_not_depend_on_its_batch(guard: lance_edge.Pipeline) -> None:
+    texts = [" ".join(["hello"] * n + ["bomb", "the"] * (n % 3)) for n in range(1, 60)]
+    together = guard.screen_many(texts)
+    for text, verdict in zip(texts, together, strict=True):
+        assert guard.screen(text).severity == verdict.severity
+
+
+def test_threads_get_identical_verdicts(guard: lance_edge.Pipeline) -> None:
+    texts = [f"the bomb {'cake ' * (n % 5)}spy" for n in range(64)]
+    expected = [guard.screen(text).severity for text in texts]
+    with ThreadPoolExecutor(64) as pool:
+        verdicts = list(pool.map(guard.screen, texts))
+    assert [verdict.severity for verdict in verdicts] == expected
+
+
+def test_verdict_follows_its_schema(guard: lance_edge.Pipeline) -> None:
+    schema = json.loads(files("lance_edge").joinpath("verdict.schema.json").read_text())
+    validator = jsonschema.Draft202012Validator(schema)
+    for text in ("hello", "bomb spy minor", "the " * 50):
+        values = json.loads(json.dumps(guard.screen(text).to_dict()))
+        validator.validate(values)
+    values["surprise"] = 1
+    assert not validator.is_valid(values)
+
+
+def test_thresholds_can_be_changed_at_load(tiny_bundle: Path) -> None:
+    with lance_edge.load(tiny_bundle, thresholds={"violence": 0.99}) as strict:
+        assert strict.screen("bomb spy").flagged == ("privacy",)
+    with lance_edge.load(tiny_bundle, thresholds=0.01) as lax:
+        assert lax.screen("hello").flagged == ("violence", "privacy", "child")
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "message"),
+    [
+        ({"violance": 0.5}, "no category 'violance'; did you mean violence"),
+        ({"violence": 1.5}, "must be above 0 and at most 1, not 1.5"),
+        (float("nan"), "must be above 0 and at most 1, not nan"),
+    ],
+)
+def test_wrong_thresholds_are_refused(tiny_bundle: Path, thresholds: object, message: str) -> None:
+    with pytest.raises(lance_edge.InvalidOption, match=message):
+        lance_edge.load(tiny_bundle, thresholds=thresholds)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "empty"),
+        (" \n\t\u2003", "empty"),
+        ("\u200b\u200d", "invisible"),
+        ("bo\0mb", "NUL character at position 2"),
+        ("bomb\ud800", "lone surrogate at position 4"),
+        ("x" * 1_000_001, "1,000,001 characters and the limit is 1,000,000"),
+        (b"bomb", "must be a str, not bytes"),
+    ],
+)
+def test_unreadable_prompts_are_refused(
+    guard: lance_edge.Pipeline, text: str, message: str
+) -> None:
+    with pytest.raises(lance_edge.InvalidPrompt, match=message):
+        guard.screen(text)
+
+
+def test_a_bad_prompt_among_many_is_named(guard: lance_edge.Pipeline) -> None:
+    with pytest.raises(lance_edge.InvalidPrompt, match="prompt 2: the prompt is empty"):
+        guard.screen_many(["hello", "bomb", "", "spy"])
+
+
+def test_no_prompts_no_verdicts(guard: lance_edge.Pipeline) -> None:
+    assert guard.screen_many([]) == []
+
+
+def test_taxonomy_is_the_bundles_own(tmp_path: Path) -> None:
+    bundle = tiny.write_bundle(tmp_path / "own")
+    with lance_edge.load(bundle) as pipeline:
+        assert tuple(pipeline.screen("hello").severity) == tiny.CATEGORIES
