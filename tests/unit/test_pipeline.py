@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 
 import jsonschema
@@ -69,7 +70,7 @@ def test_long_prompt_is_read_in_full(guard: lance_edge.Pipeline) -> None:
 
 def test_neighbouring_windows_share_words(guard: lance_edge.Pipeline) -> None:
     windows = guard.encode(" ".join(["hello"] * 40)).windows
-    for left, right in zip(windows, windows[1:], strict=False):
+    for left, right in pairwise(windows):
         shared = set(map(tuple, left.offsets[1:-1])) & set(map(tuple, right.offsets[1:-1]))
         assert len(shared) == guard.tokenizer.overlap
     ends = {tuple(offset) for window in windows for offset in window.offsets[1:-1].tolist()}
