@@ -133,7 +133,9 @@ def screen(
 @exits
 def info(
     bundle: BundleOption = None,
-    output_format: Annotated[Literal["table", "json"], typer.Option("--format")] = "table",
+    output_format: Annotated[
+        Literal["table", "json"], typer.Option("--format", help="How it is written.")
+    ] = "table",
 ) -> int:
     """Show the bundle, its taxonomy and thresholds, and this machine's devices."""
     from lance_edge.bundle import default_bundle, open_bundle

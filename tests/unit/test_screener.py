@@ -1,0 +1,139 @@
+"""Grouping, padding, calibration and spans, as functions over arrays."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lance_edge import screener, spans
+from lance_edge.bundle import Calibration
+from lance_edge.errors import BundleError
+from lance_edge.spans import Word
+from lance_edge.tokenizer import Window
+from lance_edge.verdict import Span
+from lance_edge_engines import FakeSession, TensorSpec
+
+
+def window(*words: str) -> Window:
+    """A window of these words, parted by one space, with two special tokens around them."""
+    ends = np.cumsum([len(word) + 1 for word in words]) - 1
+    offsets = [
+        (0, 0),
+        *[(end - len(word), end) for word, end in zip(words, ends, strict=True)],
+        (0, 0),
+    ]
+    ids = np.arange(len(offsets))
+    return Window(ids, np.array(offsets), np.array([-1, *range(len(words)), -1]))
+
+
+@given(st.lists(st.integers(1, 700), max_size=60))
+def test_runs_cover_every_window_once(lengths: list[int]) -> None:
+    seen = []
+    for padded, indices in screener.runs(lengths):
+        assert padded % screener.PAD_MULTIPLE == 0
+        assert len(indices) == 1 or padded * len(indices) <= screener.RUN_TOKENS
+        for index in indices:
+            assert 0 <= padded - lengths[index] < screener.PAD_MULTIPLE
+        seen += indices
+    assert sorted(seen) == list(range(len(lengths)))
+
+
+def test_padding_is_masked() -> None:
+    inputs = screener.pad([window("a", "b"), window("a")], 8)
+    assert inputs["ids"].tolist() == [[0, 1, 2, 3, 0, 0, 0, 0], [0, 1, 2, 0, 0, 0, 0, 0]]
+    assert inputs["mask"].tolist() == [[1, 1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize(("mean", "deviation"), [(-4, 0.5), (0, 1), (1, 2), (3, 1.5), (-1, 3)])
+def test_severity_and_deviation_are_moments_of_sigmoid(mean: float, deviation: float) -> None:
+    """Against numerical integration; the closed forms are approximations, good to about 0.02."""
+    z = np.linspace(mean - 9 * deviation, mean + 9 * deviation, 20_001)
+    density = np.exp(-0.5 * ((z - mean) / deviation) ** 2)
+    density /= density.sum()
+    values = 1 / (1 + np.exp(-z))
+    expected = float((values * density).sum())
+    spread = math.sqrt(float(((values - expected) ** 2 * density).sum()))
+    labels = score_one([mean], [deviation])
+    assert labels.severity[0] == pytest.approx(expected, abs=0.02)
+    assert labels.deviation[0] == pytest.approx(spread, abs=0.03)
+
+
+def test_calibration_moves_the_latent() -> None:
+    plain = score_one([0.5 * 2 - 1], [0.5 * 0.8])
+    calibrated = score_one([2.0], [0.8], Calibration(slope=0.5, intercept=0.0, threshold=0.5))
+    shifted = score_one([2.0], [0.8], Calibration(slope=0.5, intercept=-1.0, threshold=0.5))
+    assert calibrated.severity[0] > 0.5
+    assert shifted.severity == pytest.approx(plain.severity)
+    assert shifted.deviation == pytest.approx(score_one([0.0], [0.4]).deviation)
+
+
+def test_distribution_of_certain_severities() -> None:
+    assert screener.distribution(np.zeros(3)).tolist() == [1, 0, 0, 0]
+    assert screener.distribution(np.array([1.0, 0, 0])).tolist() == [0, 1, 0, 0]
+    shares = screener.distribution(np.array([0.5, 0.25]))
+    assert shares == pytest.approx([0.375, 0.625 * 2 / 3, 0.625 / 3])
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [(("mean",), "has outputs"), (("mean", "deviation", "contributions"), "knows 2 categories")],
+)
+def test_a_graph_that_does_not_fit_is_refused(outputs: tuple[str, ...], message: str) -> None:
+    specs = [TensorSpec(name, np.dtype(np.float32), (None, 2)) for name in outputs]
+    session = FakeSession(lambda inputs: {}, outputs=specs)
+    with pytest.raises(BundleError, match=message):
+        screener.Screener(session, [Calibration(1, 0, 0.5)])
+
+
+def test_word_shares_join_pieces_and_ignore_negative_evidence() -> None:
+    pieces = Window(
+        np.arange(5),
+        np.array([(0, 0), (0, 4), (4, 7), (8, 12), (0, 0)]),
+        np.array([-1, 0, 0, 1, -1]),
+    )
+    words = spans.word_shares(pieces, np.array([9.0, 1.0, 2.0, -5.0, 9.0]))
+    assert words == [Word(0, 7, 1.0), Word(8, 12, 0.0)]
+    assert spans.word_shares(pieces, np.array([1.0, -1.0, 0.0, -5.0, 1.0])) == []
+
+
+def test_join_takes_the_strongest_words_and_their_gap() -> None:
+    words = [
+        Word(0, 3, 0.4),
+        Word(4, 6, 0.1),
+        Word(7, 9, 0.3),
+        Word(10, 12, 0.0),
+        Word(13, 15, 0.2),
+    ]
+    assert spans.join(words) == [(0, 9, pytest.approx(0.8))]
+    apart = [Word(0, 3, 0.5), Word(4, 6, 0.0), Word(7, 9, 0.0), Word(10, 12, 0.5)]
+    assert spans.join(apart) == [(0, 3, 0.5), (10, 12, 0.5)]
+
+
+def test_spans_of_neighbouring_windows_become_one() -> None:
+    found = [
+        Span(4, 9, "b", 0.2),
+        Span(0, 3, "a", 0.5),
+        Span(6, 12, "b", 0.4),
+        Span(2, 5, "b", 0.1),
+    ]
+    assert spans.merge(found) == (Span(0, 3, "a", 0.5), Span(2, 12, "b", 0.4))
+
+
+def score_one(
+    mean: list[float], deviation: list[float], calibration: Calibration | None = None
+) -> screener.Labels:
+    """The labels of one window for which a graph gives these latents."""
+    outputs = {
+        "mean": np.array([mean], dtype=np.float32),
+        "deviation": np.array([deviation], dtype=np.float32),
+        "contributions": np.zeros((1, 8, len(mean)), dtype=np.float32),
+    }
+    specs = [TensorSpec(name, value.dtype, (None, len(mean))) for name, value in outputs.items()]
+    session = FakeSession(lambda inputs: outputs, outputs=specs)
+    calibrations = [calibration or Calibration(1, 0, 0.5)] * len(mean)
+    (labels,) = screener.Screener(session, calibrations).score([[window("a")]])
+    return labels
