@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from lance_edge.errors import BundleCorrupt, BundleError, BundleFileMissing
 from lance_edge.verdict import Decision
@@ -40,10 +40,6 @@ class Category:
     openai: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.action not in get_args(Decision):
-            raise BundleError(
-                f"category {self.name}: {self.action!r} is no action; {get_args(Decision)} are"
-            )
         if self.name == "none":
             raise BundleError(
                 "a category may not be called `none`: that is the share of no category"
@@ -59,8 +55,11 @@ class Calibration:
     threshold: float
 
     def __post_init__(self) -> None:
-        if not self.slope > 0:
-            raise BundleError(f"a calibration's slope must be above 0, not {self.slope}")
+        if not (0 < self.slope < math.inf and math.isfinite(self.intercept)):
+            raise BundleError(
+                f"a calibration needs a finite slope above 0 and a finite intercept, "
+                f"not {self.slope} and {self.intercept}"
+            )
         if not 0 < self.threshold < 1:
             raise BundleError(f"a threshold must be between 0 and 1, not {self.threshold}")
 
@@ -88,6 +87,15 @@ class ScreenerSpec:
             raise BundleError(
                 f"an overlap of {self.overlap} does not fit a window of {self.window}"
             )
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A prompt with the severities and the decision that every machine must reproduce."""
+
+    prompt: str
+    decision: Decision
+    severity: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -138,6 +146,18 @@ class Bundle:
             raise BundleError(f"{self.path / MANIFEST} names {name} but has no hash for it")
         return _read_verified(self.path, name, entry)
 
+    def goldens(self) -> list[Golden]:
+        """The golden prompts. Raises BundleError if they do not fit the taxonomy."""
+        path = self.path / self.manifest.goldens
+        entries = _parse(path, self.read(self.manifest.goldens), list)
+        goldens = [_build(Golden, entry, path) for entry in entries]
+        names = {category.name for category in self.categories}
+        if not goldens or any(set(g.severity) - names or not g.prompt for g in goldens):
+            raise BundleError(
+                f"{path} needs golden prompts with severities of the taxonomy's categories"
+            )
+        return goldens
+
     def verify(self) -> list[str]:
         """Hash every file; returns their names. Raises BundleFileMissing or BundleCorrupt."""
         for name in self.manifest.files:
@@ -162,7 +182,7 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
     manifest = _manifest(folder / MANIFEST, contents)
     bundle = Bundle(folder, hashlib.sha256(contents).hexdigest(), manifest, (), {})
     categories = tuple(
-        _build(Category, _lists_to_tuples(entry), folder / manifest.taxonomy)
+        _build(Category, entry, folder / manifest.taxonomy)
         for entry in _parse(folder / manifest.taxonomy, bundle.read(manifest.taxonomy), list)
     )
     calibration = {
@@ -201,7 +221,7 @@ def _manifest(path: Path, contents: bytes) -> Manifest:
             raise BundleError(f"{path} has no {key!r}")
     entries = {name: _build(FileEntry, entry, path) for name, entry in values["files"].items()}
     for name in entries:
-        if Path(name).name != name:
+        if Path(name).name != name or name == "..":
             raise BundleError(f"{path} names {name!r}, which is not a plain file name")
     screener = _build(ScreenerSpec, values["screener"], path)
     return _build(Manifest, {**values, "files": entries, "screener": screener}, path)
@@ -224,30 +244,47 @@ def _read_verified(folder: Path, name: str, entry: FileEntry) -> bytes:
 def _parse(path: Path, contents: bytes, kind: type[T]) -> T:
     try:
         value = json.loads(contents)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleCorrupt(path, f"is not valid JSON ({error})") from error
     if not isinstance(value, kind):
         raise BundleCorrupt(path, f"holds a {type(value).__name__}, not a {kind.__name__}")
     return value
 
 
-def _build(kind: type[T], values: Mapping[str, Any], path: Path) -> T:
-    """A dataclass from a JSON object; unknown and missing keys are errors."""
-    if not isinstance(values, Mapping):
-        raise BundleError(f"{path}: {kind.__name__} must be an object, not {values!r}")
-    known = {item.name for item in fields(kind)}  # type: ignore[arg-type]
-    if unknown := sorted(set(values) - known):
+def _build(kind: type[T], values: object, path: Path) -> T:
+    """A dataclass from a JSON object; unknown, missing and ill-typed keys are errors."""
+    if not isinstance(values, dict):
+        raise BundleError(f"{path}: {kind.__name__} must be an object, not {type(values).__name__}")
+    hints = get_type_hints(kind)
+    if unknown := sorted(map(str, set(values) - set(hints))):
         raise BundleError(f"{path} has keys this version does not know: {', '.join(unknown)}")
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise BundleError(
-            f"{path}: {kind.__name__} is incomplete or ill-typed ({error})"
-        ) from error
+    required = {item.name for item in fields(kind) if _is_required(item)}  # type: ignore[arg-type]
+    if missing := sorted(required - set(values)):
+        raise BundleError(f"{path}: {kind.__name__} lacks {', '.join(missing)}")
+    return kind(
+        **{key: _typed(value, hints[key], f"{path}: {key}") for key, value in values.items()}
+    )
 
 
-def _lists_to_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
-        for key, value in values.items()
-    }
+def _is_required(item: Field[Any]) -> bool:
+    return item.default is MISSING and item.default_factory is MISSING
+
+
+def _typed(value: Any, hint: Any, place: str) -> Any:
+    """The value, if it is of the annotated type; JSON lists become tuples."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any or (isinstance(hint, type) and is_dataclass(hint) and isinstance(value, hint)):
+        return value
+    if origin is Literal and value in arguments:
+        return value
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_typed(item, arguments[0], place) for item in value)
+    if origin is dict and isinstance(value, dict):
+        return {key: _typed(item, arguments[1], f"{place}.{key}") for key, item in value.items()}
+    accepted = {float: (int, float), int: (int,), str: (str,)}.get(hint, ())
+    if isinstance(value, accepted) and not isinstance(value, bool):
+        return value
+    wanted = {float: "a number", int: "a whole number", str: "a text"}.get(hint, "a list or object")
+    if origin is Literal:
+        wanted = "one of " + ", ".join(arguments)
+    raise BundleError(f"{place} must be {wanted}, not {value!r}")

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import signal
 import sys
@@ -20,6 +21,7 @@ from lance_edge import __version__
 from lance_edge.errors import InputError, InvalidOption, InvalidPrompt, LanceError
 from lance_edge.inputs import InputFormat, Item, read_items
 from lance_edge.pipeline import MAX_CHARS, Pipeline, Prompt, load
+from lance_edge.policy import ALL
 from lance_edge.report import OutputFormat, Progress, Report, complain
 from lance_edge_engines import SessionError, available_devices
 
@@ -47,6 +49,9 @@ def main() -> None:
     """The `lance-edge` command."""
     if hasattr(signal, "SIGPIPE"):  # end quietly when the reader of a pipe has had enough
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character gets its escape
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     app()
 
 
@@ -62,6 +67,9 @@ def exits(command: Callable[..., int]) -> Callable[..., None]:
             code = USAGE
         except (LanceError, SessionError) as error:
             complain(str(error))
+            code = FAILED
+        except OSError as error:
+            complain(f"reading or writing failed: {error.strerror or error}")
             code = FAILED
         except KeyboardInterrupt:
             complain("interrupted")
@@ -256,8 +264,8 @@ def screen_items(
     return counts
 
 
-def parse_thresholds(settings: Sequence[str]) -> dict[str, float] | float | None:
-    """`0.6`, or `category=0.6` any number of times. Raises InvalidOption."""
+def parse_thresholds(settings: Sequence[str]) -> dict[str, float]:
+    """`0.6` for all categories, `category=0.6` for one; the last of each counts. Raises InvalidOption."""
     chosen: dict[str, float] = {}
     for setting in settings:
         name, equals, number = setting.rpartition("=")
@@ -265,14 +273,8 @@ def parse_thresholds(settings: Sequence[str]) -> dict[str, float] | float | None
             value = float(number)
         except ValueError:
             raise InvalidOption(f"--threshold {setting}: {number!r} is not a number") from None
-        if not equals:
-            if len(settings) > 1:
-                raise InvalidOption(
-                    "--threshold takes one number for all, or CATEGORY=NUMBER for each, not both"
-                )
-            return value
-        chosen[name] = value
-    return chosen or None
+        chosen[name if equals else ALL] = value
+    return chosen
 
 
 def chunks(values: Iterable[T], size: int) -> Iterator[list[T]]:

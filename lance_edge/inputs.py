@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -27,7 +28,11 @@ SUFFIXES: dict[str, InputFormat] = {
     ".csv": "csv",
 }
 
+TOO_LONG = "the line is longer than {limit} MiB"
+
 _UNDECODABLE = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of invalid UTF-8
+NOT_READ = (".json", ".tsv", ".parquet", ".xlsx", ".gz", ".zip", ".pdf", ".docx")
+
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -59,32 +64,42 @@ def read_items(
 
     Raises InputError, before anything is read, if an argument looks like a file and none is there.
     """
-    sources = [_source(argument, as_text) for argument in arguments]
-    return (
-        item for texts_or_paths in sources for item in _read(texts_or_paths, field, input_format)
-    )
+    sources = [_source(argument, input_format, as_text) for argument in arguments]
+    return (item for source in sources for item in _read(source, field, input_format))
 
 
-def _source(argument: str, as_text: bool) -> str | list[Path]:
-    """A text (as str), or the files that an argument stands for; "-" is the path of standard input."""
-    if as_text:
+def _source(argument: str, input_format: InputFormat, as_text: bool) -> str | list[Path] | None:
+    """The text or the files that an argument stands for; None is standard input."""
+    if as_text or not argument:
         return argument
     if argument == "-":
-        return [Path("-")]
+        return None
     if _exists(argument):
         if Path(argument).is_dir():
             raise InputError(
                 f"{argument} is a folder; name its files, for example {argument.rstrip('/')}/*.txt"
             )
-        return [Path(argument)]
+        return [_readable(Path(argument), input_format)]
     if any(character in argument for character in "*?[") and not re.search(r"\s", argument):
-        if matches := sorted(glob.glob(argument, recursive=True)):
-            return [Path(match) for match in matches if Path(match).is_file()]
+        matches = [Path(match) for match in sorted(glob.glob(argument, recursive=True))]
+        if files := [path for path in matches if path.is_file()]:
+            return [_readable(path, input_format) for path in files]
+        if matches:
+            raise InputError(f"{argument} matches only folders; name their files")
         if _looks_like_path(argument):
             raise InputError(f"no file matches {argument}; to screen it as a prompt, add --text")
     elif _looks_like_path(argument):
         raise InputError(f"there is no file {argument}; to screen it as a prompt, add --text")
     return argument
+
+
+def _readable(path: Path, input_format: InputFormat) -> Path:
+    if input_format == "auto" and path.suffix.lower() in NOT_READ:
+        raise InputError(
+            f"{path} is a kind of file that is not read; convert it to JSON lines, CSV or plain lines, "
+            "or say what it is with --input"
+        )
+    return path
 
 
 def _exists(argument: str) -> bool:
@@ -99,16 +114,15 @@ def _looks_like_path(argument: str) -> bool:
     return not has_space and ("/" in argument or Path(argument).suffix.lower() in SUFFIXES)
 
 
-def _read(source: str | list[Path], field: str, input_format: InputFormat) -> Iterator[Item]:
+def _read(source: str | list[Path] | None, field: str, input_format: InputFormat) -> Iterator[Item]:
     if isinstance(source, str):
         yield Item(None, None, source)
         return
+    if source is None:
+        piped: InputFormat = "lines" if input_format == "auto" else input_format
+        yield from read_stream(sys.stdin.buffer, "-", field, piped)
+        return
     for path in source:
-        if str(path) == "-":
-            yield from read_stream(
-                sys.stdin.buffer, "-", field, "lines" if input_format == "auto" else input_format
-            )
-            continue
         kind = (
             SUFFIXES.get(path.suffix.lower(), "lines") if input_format == "auto" else input_format
         )
@@ -122,15 +136,19 @@ def _read(source: str | list[Path], field: str, input_format: InputFormat) -> It
 def read_stream(stream: BinaryIO, source: str, field: str, kind: InputFormat) -> Iterator[Item]:
     """The prompts of one open file; `field` names the JSON key or CSV column that holds them."""
     lines = _lines(stream)
+    first = next(lines, None)
+    if first is None:
+        return
+    if first[1] is not None and first[1].startswith(_UTF16_MARKS):
+        yield Item(source, 1, error="the file is UTF-16; save it as UTF-8")
+        return
+    lines = chain([first], lines)
     if kind == "csv":
         yield from _read_csv(lines, source, field)
         return
     for number, line in lines:
         if line is None:
-            yield Item(source, number, error=f"the line is longer than {LINE_LIMIT // 2**20} MiB")
-        elif number == 1 and line.startswith(_UTF16_MARKS):
-            yield Item(source, 1, error="the file is UTF-16; save it as UTF-8")
-            return
+            yield Item(source, number, error=TOO_LONG.format(limit=LINE_LIMIT // 2**20))
         elif kind == "jsonl":
             yield _json_item(line, source, number, field)
         else:
@@ -170,7 +188,10 @@ def _json_item(line: bytes, source: str, number: int, field: str) -> Item:
         return Item(source, number, error=f"the line is not valid UTF-8 (byte {error.start + 1})")
     except RecursionError:
         return Item(source, number, error="the line's JSON is nested too deeply")
-    except ValueError as error:
+    except json.JSONDecodeError as error:
+        message = f"the line is not valid JSON: {error.msg} (character {error.pos + 1})"
+        return Item(source, number, error=message)
+    except ValueError as error:  # a number with too many digits
         return Item(source, number, error=f"the line is not valid JSON: {error}")
     if isinstance(value, str):
         return Item(source, number, value)
@@ -192,51 +213,51 @@ def _json_item(line: bytes, source: str, number: int, field: str) -> Item:
 
 def _read_csv(lines: Iterable[tuple[int, bytes | None]], source: str, field: str) -> Iterator[Item]:
     csv.field_size_limit(LINE_LIMIT)
-    position = _Position()
-    reader = csv.reader(position.track(lines), strict=True)
+    taken = _Taken()
+    reader = csv.reader(taken.track(lines), strict=True)
     column: int | None = None
     while True:
-        start = position.line + 1
+        start = taken.line + 1
         try:
             row = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
             yield Item(source, start, error=f"the row is not valid CSV: {error}")
+            if column is None:
+                return  # without a header, nothing below can be read
             continue
         if not row:
             continue
         if column is None:
             if field not in row:
-                header = ", ".join(row[:8])
-                yield Item(
-                    source,
-                    start,
-                    error=f"the header has no column {field!r}; it has {header} (see --field)",
-                )
+                # The names stay unsaid: where there is no header, they are a prompt.
+                missing = f"the header has no column {field!r} among its {len(row)} (see --field)"
+                yield Item(source, start, error=missing)
                 return
             column = row.index(field)
+        elif taken.too_long >= start:
+            yield Item(source, start, error=TOO_LONG.format(limit=LINE_LIMIT // 2**20))
         elif column >= len(row):
-            yield Item(
-                source,
-                start,
-                error=f"the row has {len(row)} columns and {field!r} is number {column + 1}",
-            )
+            short = f"the row has {len(row)} columns and {field!r} is number {column + 1}"
+            yield Item(source, start, error=short)
         elif _UNDECODABLE.search(row[column]):
             yield Item(source, start, error="the row is not valid UTF-8")
         else:
             yield Item(source, start, row[column])
 
 
-class _Position:
-    """The number of the last line that a csv reader took: its own count stops at errors."""
+class _Taken:
+    """Numbers of the last line that a csv reader took, and of the last that was too long for it."""
 
     def __init__(self) -> None:
-        self.line = 0
+        self.line = self.too_long = 0
 
     def track(self, lines: Iterable[tuple[int, bytes | None]]) -> Iterator[str]:
         for number, line in lines:
             self.line = number
-            # A line that is too long reads as invalid, so its row is reported and the rest goes on.
-            contents = b"\xff" if line is None else line
+            if line is None:
+                self.too_long = number
+            # The place of a line that is too long is held by a column, so that its row is reported.
+            contents = b"-" if line is None else line
             yield contents.decode("utf-8", errors="surrogateescape") + "\n"

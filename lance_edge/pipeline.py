@@ -17,7 +17,7 @@ from lance_edge.screener import FloatArray, Labels, Screener
 from lance_edge.spans import hazard_spans
 from lance_edge.tokenizer import Tokenizer, Window
 from lance_edge.verdict import Timings, Verdict
-from lance_edge_engines import open_session
+from lance_edge_engines import BACKENDS, open_session
 
 MAX_CHARS = 1_000_000
 
@@ -80,7 +80,7 @@ class Pipeline:
         if isinstance(text, str) and len(text) > self.max_chars:
             raise InvalidPrompt(
                 f"the prompt has {len(text):,} characters and the limit is {self.max_chars:,}; "
-                "split it, or raise max_chars"
+                "split it, or raise the limit (max_chars)"
             )
         windows = self.tokenizer.encode(text)
         return Prompt(text, windows, (time.perf_counter() - started) * 1000)
@@ -134,7 +134,8 @@ def load(
     """A pipeline from a bundle's folder; the default bundle if none is given.
 
     device      "auto", or one of `lance_edge_engines.BACKENDS`; only "auto" may choose another
-    thresholds  severities from which on categories are flagged, in place of the bundle's
+    thresholds  severities from which on categories are flagged, in place of the bundle's: one for
+                all, or by category, where "*" stands for those that are not named
     threads     CPU threads for one request; None for one per physical core
     max_chars   longer prompts are refused: they are read in full, which takes time
 
@@ -142,6 +143,10 @@ def load(
     """
     if threads is not None and threads < 1:
         raise InvalidOption(f"threads must be at least 1, not {threads}")
+    if device not in ("auto", *BACKENDS):
+        raise InvalidOption(
+            f"there is no device {device!r}; choose from auto, {', '.join(BACKENDS)}"
+        )
     opened = open_bundle(default_bundle() if bundle is None else bundle)
     rules = policy(opened, thresholds)
     spec = opened.manifest.screener

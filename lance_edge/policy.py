@@ -13,6 +13,8 @@ from lance_edge.errors import InvalidOption
 from lance_edge.screener import FloatArray
 from lance_edge.verdict import Decision
 
+ALL = "*"  # in thresholds: every category that is not named
+
 # The strongest action among the flagged categories decides.
 STRENGTH: tuple[Decision, ...] = ("allow", "rewrite", "review", "block")
 
@@ -37,16 +39,18 @@ class Policy:
 
 
 def policy(bundle: Bundle, thresholds: Mapping[str, float] | float | None = None) -> Policy:
-    """The bundle's policy, with other thresholds for some categories, or one for all.
+    """The bundle's policy, with other thresholds for some categories ("*": all others), or one for all.
 
     Raises InvalidOption for a category that the bundle does not know or a threshold outside 0..1.
     """
     names = tuple(category.name for category in bundle.categories)
     chosen = {name: bundle.calibration[name].threshold for name in names}
-    if isinstance(thresholds, Mapping):
-        changes = dict(thresholds)
-    else:
-        changes = {} if thresholds is None else dict.fromkeys(names, thresholds)
+    if thresholds is None:
+        thresholds = {}
+    elif not isinstance(thresholds, Mapping):
+        thresholds = {ALL: thresholds}
+    changes = dict.fromkeys(names, thresholds[ALL]) if ALL in thresholds else {}
+    changes |= {name: value for name, value in thresholds.items() if name != ALL}
     for name, value in changes.items():
         if name not in chosen:
             close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)

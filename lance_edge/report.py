@@ -69,7 +69,7 @@ class Report:
         decision = self._paint(f"{verdict.decision:<7}", verdict.decision)
         text = " ".join((item.text or "").split())
         excerpt = text if len(text) <= EXCERPT else text[: EXCERPT - 1] + "…"
-        place = "" if item.source is None else f"{item.place}  "
+        place = "" if item.source is None else f"{printable(item.place)}  "
         self._out.write(f"{place}{decision}  {scores}  {printable(excerpt)}\n")
         if verdict.spans:
             self._out.write(f"         words: {printable(_words(item.text or '', verdict))}\n")
@@ -117,4 +117,4 @@ def _words(text: str, verdict: Verdict) -> str:
 
 def complain(message: str) -> None:
     """One sentence on standard error."""
-    sys.stderr.write(f"lance-edge: {message}\n")
+    sys.stderr.write(f"lance-edge: {printable(message)}\n")

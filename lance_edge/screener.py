@@ -22,6 +22,7 @@ from lance_edge_engines import Session
 
 FloatArray = npt.NDArray[np.float64]
 
+OUTPUTS = ("mean", "deviation", "contributions")
 PAD_MULTIPLE = 8  # tokens
 RUN_TOKENS = 1024  # tokens in one run at most; past this, larger batches only cost memory
 
@@ -66,14 +67,15 @@ class Screener:
         self._slope = np.array([item.slope for item in calibration])
         self._intercept = np.array([item.intercept for item in calibration])
         names = {spec.name for spec in session.outputs}
-        if names != {"mean", "deviation", "contributions"}:
+        if names != set(OUTPUTS):
             raise BundleError(
                 f"the screener's graph has outputs {sorted(names)}, not mean, deviation and contributions"
             )
-        width = next(spec.shape[-1] for spec in session.outputs if spec.name == "mean")
-        if width is not None and width != len(calibration):
+        width = {spec.shape[-1] for spec in session.outputs} - {None}
+        if width - {len(calibration)}:
             raise BundleError(
-                f"the screener's graph knows {width} categories and the taxonomy {len(calibration)}"
+                f"the screener's graph knows {max(map(str, width))} categories and the taxonomy "
+                f"{len(calibration)}"
             )
 
     @property
@@ -81,7 +83,10 @@ class Screener:
         return self._session.device
 
     def score(self, prompts: Sequence[Sequence[Window]]) -> list[Labels]:
-        """The labels of each prompt, given as its windows, in order."""
+        """The labels of each prompt, given as its windows, in order.
+
+        Raises BundleError if the graph gives a value that is not a number.
+        """
         flat = [window for windows in prompts for window in windows]
         scored = self._score_windows(flat)
         labels, start = [], 0
@@ -99,6 +104,11 @@ class Screener:
             rows = [windows[index] for index in indices]
             started = time.perf_counter()
             outputs = self._session.run(pad(rows, length))
+            if not all(np.isfinite(outputs[name]).all() for name in OUTPUTS):
+                raise BundleError(
+                    f"the screener's graph gave values that are not numbers on {self.device}; "
+                    "run `lance-edge verify`"
+                )
             share_ms = (time.perf_counter() - started) * 1000 / len(rows)
             for row, index in enumerate(indices):
                 scored[index] = self._calibrate(

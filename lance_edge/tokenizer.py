@@ -16,7 +16,7 @@ import numpy.typing as npt
 from tokenizers import Encoding
 from tokenizers import Tokenizer as HFTokenizer
 
-from lance_edge.errors import InvalidPrompt
+from lance_edge.errors import BundleError, InvalidPrompt
 
 IntArray = npt.NDArray[np.int64]
 
@@ -44,10 +44,15 @@ class Tokenizer:
 
     window   tokens in a window, special tokens included
     overlap  tokens that neighbouring windows share
+
+    Raises BundleError if the serialized tokenizer cannot be read.
     """
 
     def __init__(self, serialized: bytes, window: int, overlap: int) -> None:
-        self._tokenizer = HFTokenizer.from_str(serialized.decode("utf-8"))
+        try:
+            self._tokenizer = HFTokenizer.from_str(serialized.decode("utf-8"))
+        except Exception as error:  # `tokenizers` raises nothing more precise
+            raise BundleError(f"the bundle's tokenizer cannot be read: {error}") from error
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(window, stride=overlap)

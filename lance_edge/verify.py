@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,16 +29,17 @@ class GoldenCheck:
 
 def check_goldens(pipeline: Pipeline) -> GoldenCheck:
     """Screen the bundle's golden prompts and compare. The pipeline must use the bundle's thresholds."""
-    manifest = pipeline.bundle.manifest
-    goldens = json.loads(pipeline.bundle.read(manifest.goldens))
-    verdicts = pipeline.screen_many([golden["prompt"] for golden in goldens])
+    goldens = pipeline.bundle.goldens()
+    verdicts = pipeline.screen_many([golden.prompt for golden in goldens])
     difference = max(
         float(np.abs(verdict.severity[name] - value))
         for golden, verdict in zip(goldens, verdicts, strict=True)
-        for name, value in golden["severity"].items()
+        for name, value in golden.severity.items()
     )
     decisions = sum(
-        golden["decision"] != verdict.decision
+        golden.decision != verdict.decision
         for golden, verdict in zip(goldens, verdicts, strict=True)
     )
-    return GoldenCheck(len(goldens), difference, manifest.screener.tolerance, decisions)
+    return GoldenCheck(
+        len(goldens), difference, pipeline.bundle.manifest.screener.tolerance, decisions
+    )
