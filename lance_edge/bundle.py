@@ -97,6 +97,10 @@ class Golden:
     decision: Decision
     severity: dict[str, float]
 
+    def __post_init__(self) -> None:
+        if not self.prompt or not all(0 <= value <= 1 for value in self.severity.values()):
+            raise BundleError("an entry of goldens.json needs a prompt and severities in 0..1")
+
 
 @dataclass(frozen=True)
 class FileEntry:
@@ -152,7 +156,7 @@ class Bundle:
         entries = _parse(path, self.read(self.manifest.goldens), list)
         goldens = [_build(Golden, entry, path) for entry in entries]
         names = {category.name for category in self.categories}
-        if not goldens or any(set(g.severity) - names or not g.prompt for g in goldens):
+        if not goldens or any(set(golden.severity) - names for golden in goldens):
             raise BundleError(
                 f"{path} needs golden prompts with severities of the taxonomy's categories"
             )

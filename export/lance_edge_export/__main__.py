@@ -11,18 +11,21 @@ import onnx
 import typer
 
 from lance_edge.bundle import Calibration, ScreenerSpec
-from lance_edge.tokenizer import Tokenizer
+from lance_edge.screener import pad
+from lance_edge.tokenizer import Tokenizer, Window
 from lance_edge_engines import open_session
 from lance_edge_export.optimise import merge_projections
 from lance_edge_export.pack import write_bundle
 from lance_edge_export.parity import BOUNDS, ParityError, compare, gate, severities
-from lance_edge_export.quantise import row_wise_int8
+from lance_edge_export.quantise import Feed, row_wise_int8
 from lance_edge_export.to_onnx import export_screener
 from lance_edge_training.checkpoint import load_screener
 from lance_edge_training.data import read_rows
 from lance_edge_training.evaluate import torch_session
 
 TOLERANCE = {"fp32": 1e-4, "int8": 5e-3}  # between machines: order of sums; and roundings it flips
+
+CALIBRATION_PROMPTS = 256  # whose activations the quantiser looks at; no labels are used
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -63,14 +66,17 @@ def screener(
         (checkpoint / "tokenizer.json").read_bytes(), description["window"], description["overlap"]
     )
     values = json.loads((checkpoint / "calibration.json").read_text(encoding="utf-8"))
-    calibration = [Calibration(**item) for item in values.values()]
+    taxonomy = json.loads((checkpoint / "taxonomy.json").read_text(encoding="utf-8"))
+    calibration = [Calibration(**values[entry["name"]]) for entry in taxonomy]
     thresholds = np.array([item.threshold for item in calibration])
     encoded = [tokenizer.encode(row["prompt"]) for row in read_rows(prompts)]
+    if not encoded:
+        raise typer.BadParameter(f"{prompts} holds no prompts for the parity gate")
 
     graph = merge_projections(export_screener(model))
     stages = {"fp32": graph}
     if precision == "int8":
-        stages["int8"] = row_wise_int8(graph)
+        stages["int8"] = row_wise_int8(graph, calibration_feeds(encoded))
     before = severities(torch_session(model), encoded, calibration)
     parity = {}
     for stage, stage_graph in stages.items():
@@ -115,6 +121,12 @@ def screener(
         golden,
     )
     typer.echo(f"wrote {out}")
+
+
+def calibration_feeds(prompts: list[list[Window]]) -> list[Feed]:
+    """The first windows of prompts spread over the file, as inputs for the quantiser."""
+    chosen = prompts[:: max(1, len(prompts) // CALIBRATION_PROMPTS)][:CALIBRATION_PROMPTS]
+    return [pad([windows[0]], len(windows[0].ids)) for windows in chosen]
 
 
 if __name__ == "__main__":

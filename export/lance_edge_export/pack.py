@@ -100,7 +100,7 @@ Precision {manifest.screener.precision}; windows of {manifest.screener.window} t
 {rows}
 
 ## Made from
-Encoder: {manifest.provenance.get("encoder", "not recorded")}.
+Encoder: {manifest.provenance.get("encoder") or "not recorded"}.
 Training data: {sources}. Licences and attributions are in NOTICE of the lance-edge repository.
 
 ## Export parity
@@ -131,5 +131,10 @@ def _move_into_place(partial: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
         out.replace(old)
-    partial.replace(out)
+    try:
+        partial.replace(out)
+    except OSError:
+        if old.exists():
+            old.replace(out)
+        raise
     shutil.rmtree(old, ignore_errors=True)

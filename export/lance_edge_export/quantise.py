@@ -3,49 +3,174 @@
 So a row's result does not depend on the other rows, which per-tensor dynamic quantisation
 (`DynamicQuantizeLinear`) cannot promise. Built from standard operators.
 
-Weights keep 7 bits: CPUs without VNNI add pairs of 8-bit products in 16 bits, and 255 * 64 * 2
-is the largest sum of two that fits. Every CPU then computes the same integers.
+Activations are unsigned, with a zero point per layer. Weights keep 7 bits: CPUs without VNNI add
+pairs of 8-bit products in 16 bits, and the largest sum, 255 * 63 * 2, fits there. So every CPU
+computes the same integers.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import NodeProto
+from onnx import NodeProto, helper
 
+from lance_edge_engines import open_session
 from lance_edge_export.graph import FLOAT, Graph, node
 
+Feed = Mapping[str, npt.NDArray[Any]]
+
 WEIGHT_LEVELS = 63  # 7 bits, symmetric
-ACTIVATION_LEVELS = 127  # 8 bits, symmetric around the zero point
-ZERO_POINT = np.array(128, dtype=np.uint8)
-STEP = np.array(1 / ACTIVATION_LEVELS, dtype=np.float32)
+TABLE_LEVELS = 127  # 8 bits, symmetric
+ACTIVATION_LEVELS = 255  # 8 bits, unsigned, around a zero point
+ZERO_POINTS = (
+    128,
+    96,
+    64,
+    32,
+    16,
+)  # tried per layer; low ones suit inputs that are mostly positive
 ONE = np.array(1, dtype=np.float32)
 SMALLEST_SCALE = np.array(1e-12, dtype=np.float32)  # an all-zero row has no scale of its own
 
-MIN_COLUMNS = (
-    64  # narrower layers (the heads) stay in fp32: they cost nothing and decide everything
-)
+# Narrower layers (the heads) stay in fp32: they cost nothing and decide everything.
+MIN_COLUMNS = 64
+
+BALANCE_EXPONENTS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+HESSIAN_DAMPING = 0.01
+HESSIAN_BLOCK = 128
 
 
-def row_wise_int8(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same graph with its wide linear layers and embedding tables in int8."""
+def row_wise_int8(model: onnx.ModelProto, feeds: Sequence[Feed] = ()) -> onnx.ModelProto:
+    """The same graph with its wide linear layers and embedding tables in int8.
+
+    feeds  inputs of real prompts; with them, each layer's input channels are balanced and its
+           weights are rounded so that the layer's output, not each weight, stays close
+    """
     graph = Graph(model)
-    replacements: dict[str, list[NodeProto]] = {}
-    quantised: set[str] = set()
+    sources: dict[str, list[NodeProto]] = defaultdict(list)
     for candidate in graph.nodes:
         if _is_linear(candidate, graph):
-            steps = (
-                [] if candidate.input[0] in quantised else _quantise_rows(candidate.input[0], graph)
+            sources[candidate.input[0]].append(candidate)
+    rows = observe(model, list(sources), feeds) if feeds else {}
+    replacements: dict[str, list[NodeProto]] = {}
+    for source, layers in sources.items():
+        weights = [graph.constants[layer.input[1]].astype(np.float64) for layer in layers]
+        if rows:
+            scheme = choose_scheme(rows[source], weights)
+            met = rows[source] / scheme.balance
+            quantised = [round_for_output(w * scheme.balance[:, None], met) for w in weights]
+        else:
+            scheme = Scheme(np.ones(len(weights[0])), ZERO_POINTS[0])
+            quantised = [quantise_columns(weight) for weight in weights]
+        steps = _quantise_rows(source, scheme, graph)
+        for layer, (integers, scales) in zip(layers, quantised, strict=True):
+            replacements[layer.output[0]] = steps + _integer_matmul(
+                layer, integers, scales, scheme.zero_point, graph
             )
-            quantised.add(candidate.input[0])
-            replacements[candidate.output[0]] = steps + _integer_matmul(candidate, graph)
-        elif _is_embedding(candidate, graph):
+            steps = []
+    for candidate in graph.nodes:
+        if _is_embedding(candidate, graph):
             replacements[candidate.output[0]] = _integer_gather(candidate, graph)
     graph.replace(replacements)
     return graph.finish()
+
+
+def observe(
+    model: onnx.ModelProto, names: Sequence[str], feeds: Sequence[Feed]
+) -> dict[str, npt.NDArray[np.float64]]:
+    """The values of some tensors over all feeds, as rows  [rows, K]"""
+    watched = onnx.ModelProto()
+    watched.CopyFrom(model)
+    watched.graph.output.extend(helper.make_tensor_value_info(name, FLOAT, None) for name in names)
+    session = open_session(watched.SerializeToString(), "cpu")
+    seen: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in names}
+    for feed in feeds:
+        outputs = session.run(feed)
+        for name in names:
+            seen[name].append(outputs[name].reshape(-1, outputs[name].shape[-1]))
+    session.close()
+    return {name: np.concatenate(values).astype(np.float64) for name, values in seen.items()}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a layer's input becomes 8-bit integers.
+
+    balance     what each input channel is divided by, so that none's size hides the others  [K]
+    zero_point  the integer that stands for 0
+    """
+
+    balance: npt.NDArray[np.float64]
+    zero_point: int
+
+
+def choose_scheme(
+    rows: npt.NDArray[np.float64], weights: Sequence[npt.NDArray[np.float64]]
+) -> Scheme:
+    """The zero point, then the balance, that keep the layers' outputs closest.
+
+    rows [rows, K], weights [K, N]. Balance: SmoothQuant (Xiao et al., ICML 2023, eq. 4), with the
+    exponent chosen per layer.
+    """
+    sample = rows[:: max(1, len(rows) // 512)]
+    outputs = [sample @ weight for weight in weights]
+    largest_input = np.maximum(np.abs(rows).max(0), 1e-5)
+    largest_weight = np.maximum(np.max([np.abs(weight).max(1) for weight in weights], 0), 1e-5)
+
+    def scheme(exponent: float, zero_point: int) -> Scheme:
+        balance = largest_input**exponent / largest_weight ** (1 - exponent)
+        return Scheme(balance / np.exp(np.log(balance).mean()), zero_point)
+
+    def error(candidate: Scheme) -> float:
+        inputs = round_rows(sample / candidate.balance, candidate.zero_point)
+        products = (inputs @ _rounded_columns(w * candidate.balance[:, None]) for w in weights)
+        return sum(float(np.square(y - p).sum()) for y, p in zip(outputs, products, strict=True))
+
+    zero_point = min(ZERO_POINTS, key=lambda zero: error(scheme(0.5, zero)))
+    balances = [scheme(exponent, zero_point) for exponent in BALANCE_EXPONENTS]
+    return min([*balances, Scheme(np.ones(rows.shape[1]), zero_point)], key=error)
+
+
+def round_rows(rows: npt.NDArray[np.float64], zero_point: int) -> npt.NDArray[np.float64]:
+    """What the graph makes of its inputs: each row rounded to its own scale  [rows, K]"""
+    positive = rows.max(1, keepdims=True) / (ACTIVATION_LEVELS - zero_point)
+    scales = np.maximum(
+        np.maximum(positive, -rows.min(1, keepdims=True) / zero_point), SMALLEST_SCALE
+    )
+    result: npt.NDArray[np.float64] = np.rint(rows / scales) * scales
+    return result
+
+
+def round_for_output(
+    weight: npt.NDArray[np.float64], rows: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+    """Like quantise_columns, but each row's rounding error is made good by the rows after it.
+
+    weight [K, N], rows [rows, K] the inputs it will meet. GPTQ (Frantar et al., ICLR 2023, alg. 1).
+    """
+    weight = weight.copy()
+    channels = len(weight)
+    hessian = rows.T @ rows / len(rows)
+    hessian += np.eye(channels) * max(HESSIAN_DAMPING * np.trace(hessian) / channels, 1e-12)
+    factor = np.linalg.cholesky(np.linalg.inv(hessian)).T
+    largest = np.abs(weight).max(0)
+    scales = np.maximum(largest / WEIGHT_LEVELS, SMALLEST_SCALE).astype(np.float32)
+    integers = np.zeros(weight.shape, dtype=np.int8)
+    for start in range(0, channels, HESSIAN_BLOCK):
+        end = min(start + HESSIAN_BLOCK, channels)
+        errors = np.zeros((end - start, weight.shape[1]))
+        for k in range(start, end):
+            integers[k] = np.clip(np.rint(weight[k] / scales), -WEIGHT_LEVELS, WEIGHT_LEVELS)
+            errors[k - start] = (weight[k] - integers[k] * scales) / factor[k, k]
+            weight[k + 1 : end] -= np.outer(factor[k, k + 1 : end], errors[k - start])
+        weight[end:] -= factor[start:end, end:].T @ errors
+    return integers, scales
 
 
 def quantise_columns(
@@ -57,7 +182,7 @@ def quantise_columns(
 
 def quantise_table(table: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
     """table [V, H] -> integers [V, H] and scales [V, 1] with table ~ integers * scales"""
-    integers, scales = _symmetric(table, 1, ACTIVATION_LEVELS)
+    integers, scales = _symmetric(table, 1, TABLE_LEVELS)
     return integers, scales[:, None]
 
 
@@ -68,6 +193,12 @@ def _symmetric(
     scales = np.maximum(largest / levels, SMALLEST_SCALE).astype(np.float32)
     integers: npt.NDArray[np.int8] = np.rint(values / scales).astype(np.int8)
     return integers, scales.squeeze(axis)
+
+
+def _rounded_columns(weight: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    integers, scales = quantise_columns(weight)
+    result: npt.NDArray[np.float64] = integers.astype(np.float64) * scales
+    return result
 
 
 def _is_linear(candidate: NodeProto, graph: Graph) -> bool:
@@ -81,50 +212,69 @@ def _is_embedding(candidate: NodeProto, graph: Graph) -> bool:
     return table is not None and axis == 0 and table.ndim == 2 and table.dtype == np.float32
 
 
-def _quantise_rows(source: str, graph: Graph) -> list[NodeProto]:
+def _quantise_rows(source: str, scheme: Scheme, graph: Graph) -> list[NodeProto]:
     """source [..., K] -> `source/int8` [..., K] and `source/scale` [..., 1]"""
     constant = graph.constant
+    balanced, steps = source, []
+    if (scheme.balance != 1).any():
+        balanced = f"{source}/balanced"
+        factors = constant(f"{source}/balance", (1 / scheme.balance).astype(np.float32))
+        steps = [node("Mul", [source, factors], balanced)]
+    last = constant("int8/last_axis", np.array([-1], dtype=np.int64))
+    zero = scheme.zero_point
+    above = constant(
+        f"int8/above_{zero}", np.array(1 / (ACTIVATION_LEVELS - zero), dtype=np.float32)
+    )
+    below = constant(f"int8/below_{zero}", np.array(-1 / zero, dtype=np.float32))
     return [
-        node("Abs", [source], f"{source}/magnitude"),
-        node(
-            "ReduceMax",
-            [f"{source}/magnitude", constant("int8/last_axis", np.array([-1], dtype=np.int64))],
-            f"{source}/largest",
-            keepdims=1,
-        ),
+        *steps,
+        node("ReduceMax", [balanced, last], f"{source}/largest", keepdims=1),
+        node("ReduceMin", [balanced, last], f"{source}/smallest", keepdims=1),
+        node("Mul", [f"{source}/largest", above], f"{source}/scale_above"),
+        node("Mul", [f"{source}/smallest", below], f"{source}/scale_below"),
         node(
             "Max",
-            [f"{source}/largest", constant("int8/smallest", SMALLEST_SCALE)],
-            f"{source}/positive",
+            [
+                f"{source}/scale_above",
+                f"{source}/scale_below",
+                constant("int8/tiny", SMALLEST_SCALE),
+            ],
+            f"{source}/scale",
         ),
-        node("Mul", [f"{source}/positive", constant("int8/step", STEP)], f"{source}/scale"),
-        node("Div", [source, f"{source}/scale"], f"{source}/levels"),
+        node("Div", [balanced, f"{source}/scale"], f"{source}/levels"),
         node(
             "QuantizeLinear",
-            [f"{source}/levels", constant("int8/one", ONE), constant("int8/zero", ZERO_POINT)],
+            [f"{source}/levels", constant("int8/one", ONE), _zero(zero, graph)],
             f"{source}/int8",
         ),
     ]
 
 
-def _integer_matmul(matmul: NodeProto, graph: Graph) -> list[NodeProto]:
+def _integer_matmul(
+    matmul: NodeProto,
+    integers: npt.NDArray[np.int8],
+    scales: npt.NDArray[np.float32],
+    zero_point: int,
+    graph: Graph,
+) -> list[NodeProto]:
     source, weight = matmul.input
     (output,) = matmul.output
-    integers, scales = quantise_columns(graph.constants[weight])
+    stored = graph.constant(f"{weight}/int8", integers)
+    columns = graph.constant(f"{weight}/scale", scales)
     return [
         node(
             "MatMulInteger",
-            [f"{source}/int8", graph.constant(f"{weight}/int8", integers), "int8/zero"],
+            [f"{source}/int8", stored, _zero(zero_point, graph)],
             f"{output}/integers",
         ),
         node("Cast", [f"{output}/integers"], f"{output}/floats", to=FLOAT),
-        node(
-            "Mul",
-            [f"{output}/floats", graph.constant(f"{weight}/scale", scales)],
-            f"{output}/columns",
-        ),
+        node("Mul", [f"{output}/floats", columns], f"{output}/columns"),
         node("Mul", [f"{output}/columns", f"{source}/scale"], output),
     ]
+
+
+def _zero(zero_point: int, graph: Graph) -> str:
+    return graph.constant(f"int8/zero_{zero_point}", np.array(zero_point, dtype=np.uint8))
 
 
 def _integer_gather(gather: NodeProto, graph: Graph) -> list[NodeProto]:

@@ -42,7 +42,7 @@ from lance_edge_training.model import Screener
 pytestmark = pytest.mark.train
 
 OUTPUTS = ("mean", "deviation", "contributions")
-THRESHOLDS = {"violence": 0.2, "privacy": 0.3, "child": 0.4}
+THRESHOLDS = {"violence": 0.3, "privacy": 0.6, "child": 0.85}
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -69,7 +69,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         intermediate_size=64,
     )
     torch.manual_seed(0)
-    transformers.BertModel(config, add_pooling_layer=False).save_pretrained(encoder)
+    made = transformers.BertModel(config, add_pooling_layer=False)
+    for name, parameter in made.named_parameters():
+        if name.endswith("bias"):  # zero in a fresh model, where mixed-up biases would not show
+            torch.nn.init.normal_(parameter, std=0.1)
+    made.save_pretrained(encoder)
     words.save(str(encoder / "tokenizer.json"))
     screener = new_screener(encoder, 3, "variational")
     with torch.no_grad():
@@ -236,11 +240,11 @@ def test_golden_prompts_can_be_given(
     checkpoint: Path, prompts: Path, fp32: onnx.ModelProto, tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(export, "export_screener", lambda _: fp32)
-    (tmp_path / "golden.txt").write_text("hello the cake\nbomb\n")
+    (tmp_path / "golden.txt").write_text("hello the cake\nthe minor\n")
     out = tmp_path / "out"
     run(checkpoint, prompts, out, "--golden-prompts", tmp_path / "golden.txt")
     goldens = json.loads((out / "goldens.json").read_text())
-    assert [golden["prompt"] for golden in goldens] == ["hello the cake", "bomb"]
+    assert [golden["prompt"] for golden in goldens] == ["hello the cake", "the minor"]
 
 
 def test_the_card_admits_an_encoder_that_was_not_recorded(
@@ -518,6 +522,17 @@ def test_a_crash_leaves_the_old_bundle_readable(
     write(out, tiny_bundle, "3.0")
     assert list(tmp_path.iterdir()) == [out]  # what the crash left behind is gone
     assert open_bundle(out).manifest.version == "3.0"
+
+
+def test_what_an_earlier_crash_left_behind_is_removed(tiny_bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tiny"
+    write(out, tiny_bundle, "1.0")
+    for left in ("tiny.partial", "tiny.old"):
+        shutil.copytree(tiny_bundle, tmp_path / left)
+        (tmp_path / left / "stray").touch()
+    write(out, tiny_bundle, "2.0")
+    assert list(tmp_path.iterdir()) == [out]
+    assert not (out / "stray").exists()
 
 
 class Crash(OSError):

@@ -490,8 +490,11 @@ def test_calibrate_fits_and_writes_the_calibration(
     target, known = truth(examples, CATEGORIES)
     slope = np.array([item.slope for item in items])
     intercept = np.array([item.intercept for item in items])
-    fitted = cross_entropy(latent.severity(slope, intercept), target, known).sum()
-    assert fitted < 0.95 * cross_entropy(latent.severity(), target, known).sum()
+    np.testing.assert_allclose((slope, intercept), calibrate.fit(latent, target, known), rtol=1e-6)
+    severity = latent.severity(slope, intercept)
+    assert items[0].threshold == calibrate.threshold_at(severity, examples, 0.08)
+    uncalibrated = cross_entropy(latent.severity(), target, known).sum()
+    assert cross_entropy(severity, target, known).sum() < 0.95 * uncalibrated
 
 
 def test_latents_give_the_severities_of_the_runtime(encoder: Path) -> None:

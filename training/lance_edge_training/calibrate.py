@@ -36,7 +36,10 @@ PRIOR_WEIGHT = 2e-3  # pull towards slope 1 and intercept 0: rare categories hav
 def fit(latent: Latents, target: FloatArray, known: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Slope and intercept per category  [n, C] each -> [C], [C]"""
     mean, deviation = torch.from_numpy(latent.mean), torch.from_numpy(latent.deviation)
-    truth_, weight = torch.from_numpy(target), torch.from_numpy(known / known.sum(0, keepdims=True))
+    truth_, weight = (
+        torch.from_numpy(target),
+        torch.from_numpy(known / np.maximum(known.sum(0, keepdims=True), 1)),
+    )
     log_slope = torch.zeros(mean.shape[1], dtype=torch.float64, requires_grad=True)
     intercept = torch.zeros_like(log_slope, requires_grad=True)
     optimizer = torch.optim.LBFGS(
@@ -74,7 +77,9 @@ def threshold_at(
     def rate(threshold: float) -> float:
         return float(np.mean([(values >= threshold).mean() for values in sets]))
 
-    candidates = np.unique(np.round(np.concatenate(sets), 3))
+    if not sets:
+        raise ValueError("the calibration half has no hard-benign prompts to choose a threshold on")
+    candidates = np.clip(np.unique(np.round(np.concatenate(sets), 3)), 0.001, 0.999)
     passing = [value for value in candidates if rate(value) <= false_positive_rate]
     return float(min(passing, default=0.999))
 

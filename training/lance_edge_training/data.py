@@ -213,7 +213,7 @@ class Corpus:
                 longest = len(self._windows[index].ids)
             dealt[-1].append(index)
         rng.shuffle(dealt)
-        return dealt
+        return dealt if order else []
 
     def collate(self, indices: Sequence[int], rng: random.Random) -> Batch:
         """The tensors of one batch. `rng` decides which labels of graded rows the posterior sees."""

@@ -60,7 +60,7 @@ def hsic(x: Tensor, y: Tensor) -> Tensor:
     rows = x.shape[0]
     if rows < 2:
         return x.new_zeros(())
-    centring = torch.eye(rows, device=x.device) - 1.0 / rows
+    centring = torch.eye(rows, device=x.device, dtype=x.dtype) - 1.0 / rows
     return torch.trace(_kernel(x) @ centring @ _kernel(y) @ centring) / (rows - 1) ** 2
 
 

@@ -201,6 +201,8 @@ def main(
     serialized = encoder / "tokenizer.json"
     tokenizer = Tokenizer(serialized.read_bytes(), settings.train_window, 0)
     examples = training_examples(data, categories, settings)
+    if not examples:
+        raise typer.BadParameter(f"{data} has no rows that may be trained on")
     torch.manual_seed(settings.seed)
     corpus = Corpus(
         examples,
