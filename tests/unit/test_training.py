@@ -440,37 +440,46 @@ def test_a_category_that_no_row_knows_stays_uncalibrated() -> None:
     assert found_intercept == pytest.approx([intercept[0], 0], abs=0.08)
 
 
-def test_the_threshold_flags_the_stated_share_with_each_set_counting_the_same() -> None:
-    pairs = [0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95]
-    source = [0.5, 0.9]
+def test_thresholds_flag_the_stated_share_of_each_set_alike() -> None:
     examples = [hard_benign("own", "hard_benign")] * 10 + [hard_benign("coconot", "prompt")] * 2
-    highest = np.array(pairs + source)
-    severity = np.stack([highest, highest / 2, np.zeros(12)], 1)
-    # At 0.9 a tenth of the pairs and half of the other set are flagged: 0.3; at 0.85, 0.35.
-    assert calibrate.threshold_at(severity, examples, 0.31) == pytest.approx(0.9)
-    assert calibrate.threshold_at(severity, examples, 0.36) == pytest.approx(0.85)
-    assert calibrate.threshold_at(severity, examples, 0.06) == pytest.approx(0.95)
+    highest = np.array([0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9, 0.5, 0.85])
+    severity = np.stack([highest, np.zeros(12)], 1)
+    for rate in (0.06, 0.31, 0.41, 0.81):
+        thresholds = calibrate.thresholds_at(severity, examples, rate)
+        flagged = severity[:, 0] >= thresholds[0]
+        assert (flagged[:10].mean() + flagged[10:].mean()) / 2 <= rate
+        assert thresholds[1] == calibrate.LOWEST_THRESHOLD  # it never speaks
+    # One prompt of the larger set and one of the smaller: (1/10 + 1/2) / 2.
+    assert calibrate.thresholds_at(severity, examples, 0.31)[0] == pytest.approx(0.801)
 
 
-def test_the_threshold_ignores_prompts_that_are_not_hard_benign() -> None:
+def test_a_category_that_confuses_is_held_back_alone() -> None:
+    examples = [hard_benign("own", "hard_benign")] * 10
+    confusing, sharp = np.linspace(0.5, 0.95, 10), np.linspace(0.0, 0.2, 10)
+    thresholds = calibrate.thresholds_at(np.stack([confusing, sharp], 1), examples, 0.1)
+    assert thresholds[0] > 0.89
+    assert thresholds[1] == calibrate.LOWEST_THRESHOLD
+
+
+def test_thresholds_ignore_prompts_that_are_not_hard_benign() -> None:
     hard = [hard_benign("own", "hard_benign")] * 4
     others = [hard_benign("clinc150", "prompt"), hard_benign("own", "harmful", harmful=True)]
-    severity = np.array([[0.1], [0.2], [0.3], [0.4], [0.99], [0.98]])
-    assert calibrate.threshold_at(severity, hard + others, 0.25) == pytest.approx(0.4)
+    severity = np.array([[0.4], [0.5], [0.6], [0.7], [0.99], [0.98]])
+    assert calibrate.thresholds_at(severity, hard + others, 0.25) == pytest.approx([0.601])
 
 
 @pytest.mark.parametrize(
     ("highest", "rate"), [([0.2, 0.9999], 0.08), ([0.0001, 0.0002], 1.0)], ids=["sure", "any"]
 )
-def test_the_threshold_is_one_that_a_bundle_accepts(highest: list[float], rate: float) -> None:
+def test_thresholds_are_ones_that_a_bundle_accepts(highest: list[float], rate: float) -> None:
     examples = [hard_benign("own", "hard_benign")] * 2
-    threshold = calibrate.threshold_at(np.array(highest)[:, None], examples, rate)
+    (threshold,) = calibrate.thresholds_at(np.array(highest)[:, None], examples, rate).tolist()
     assert Calibration(slope=1.0, intercept=0.0, threshold=threshold).threshold == threshold
 
 
-def test_a_threshold_without_hard_benign_prompts_is_refused() -> None:
+def test_thresholds_without_hard_benign_prompts_are_refused() -> None:
     with pytest.raises(ValueError, match="hard-benign"):
-        calibrate.threshold_at(np.array([[0.5]]), [hard_benign("clinc150", "prompt")], 0.08)
+        calibrate.thresholds_at(np.array([[0.5]]), [hard_benign("clinc150", "prompt")], 0.08)
 
 
 def test_calibrate_fits_and_writes_the_calibration(
@@ -482,8 +491,8 @@ def test_calibrate_fits_and_writes_the_calibration(
     values = json.loads((checkpoint / "calibration.json").read_text())
     assert list(values) == CATEGORIES
     items = [Calibration(**values[name]) for name in CATEGORIES]  # refuses what a bundle would
-    assert len({item.threshold for item in items}) == 1
-    assert f"threshold {items[0].threshold:.3f} flags 8% of hard-benign prompts" in result.output
+    for name, item in zip(CATEGORIES, items, strict=True):
+        assert f"{name}  {item.threshold:.3f}" in result.output
 
     examples = [e for e in load_examples(data, "dev", CATEGORIES) if half(e) == "calibration"]
     latent = latents(session_of(checkpoint), words_of(checkpoint), [e.prompt for e in examples])
@@ -492,7 +501,8 @@ def test_calibrate_fits_and_writes_the_calibration(
     intercept = np.array([item.intercept for item in items])
     np.testing.assert_allclose((slope, intercept), calibrate.fit(latent, target, known), rtol=1e-6)
     severity = latent.severity(slope, intercept)
-    assert items[0].threshold == calibrate.threshold_at(severity, examples, 0.08)
+    thresholds = calibrate.thresholds_at(severity, examples, 0.1)
+    assert [item.threshold for item in items] == thresholds.tolist()
     uncalibrated = cross_entropy(latent.severity(), target, known).sum()
     assert cross_entropy(severity, target, known).sum() < 0.95 * uncalibrated
 

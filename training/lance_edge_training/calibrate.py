@@ -2,7 +2,7 @@
 
 On the calibration half of the development data, per category z' = slope * z + intercept is
 fitted so that the severity's cross-entropy against the truth is smallest (Platt scaling on the
-latent), and one threshold is chosen at a stated false-positive rate on hard-benign prompts.
+latent), and thresholds are chosen at a stated false-positive rate on hard-benign prompts.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from lance_edge_training.evaluate import (
 from lance_edge_training.losses import severity_logit
 from lance_edge_training.model import Gaussian
 
+LOWEST_THRESHOLD, HIGHEST_THRESHOLD = 0.3, 0.95
 PRIOR_WEIGHT = 2e-3  # pull towards slope 1 and intercept 0: rare categories have few positives
 
 
@@ -63,33 +64,48 @@ def fit(latent: Latents, target: FloatArray, known: FloatArray) -> tuple[FloatAr
     return log_slope.detach().exp().numpy(), intercept.detach().numpy()
 
 
-def threshold_at(
+def thresholds_at(
     severity: FloatArray, examples: list[Example], false_positive_rate: float
-) -> float:
-    """The severity that flags this share of the hard-benign prompts, each set counting the same."""
-    highest = severity.max(1)
+) -> FloatArray:
+    """Thresholds at which this share of the hard-benign prompts is flagged, each set counting the same.
+
+    severity [n, C] -> [C]. Every category may flag the same share of them, but none is flagged
+    below LOWEST_THRESHOLD, where severities say "faint": so categories that tell hazardous from
+    harmless well end there, and only the others are held back.
+    """
     sets = [
-        np.sort(highest[indices])
+        severity[indices]
         for name, indices in evaluation_sets(examples).items()
         if name.startswith("hard_benign/")
     ]
-
-    def rate(threshold: float) -> float:
-        return float(np.mean([(values >= threshold).mean() for values in sets]))
-
     if not sets:
-        raise ValueError("the calibration half has no hard-benign prompts to choose a threshold on")
-    candidates = np.clip(np.unique(np.round(np.concatenate(sets), 3)), 0.001, 0.999)
-    passing = [value for value in candidates if rate(value) <= false_positive_rate]
-    return float(min(passing, default=0.999))
+        raise ValueError("the calibration half has no hard-benign prompts to choose thresholds on")
+
+    def equal_rate(rate: float) -> FloatArray:
+        # The lowest threshold that flags at most this share, on the mean over sets.
+        weights = np.concatenate([np.full(len(rows), 1 / len(rows) / len(sets)) for rows in sets])
+        stacked = np.concatenate(sets)
+        found = np.empty(stacked.shape[1])
+        for k in range(stacked.shape[1]):
+            order = np.argsort(-stacked[:, k])
+            allowed = int((np.cumsum(weights[order]) <= rate + 1e-12).sum())
+            found[k] = stacked[order[allowed], k] + 1e-3 if allowed < len(order) else 0.0
+        return np.clip(found.round(3), LOWEST_THRESHOLD, HIGHEST_THRESHOLD)
+
+    def flagged(thresholds: FloatArray) -> float:
+        return float(np.mean([(rows >= thresholds).any(1).mean() for rows in sets]))
+
+    rates = np.linspace(0, false_positive_rate, 201)
+    passing = [rate for rate in rates if flagged(equal_rate(rate)) <= false_positive_rate]
+    return equal_rate(max(passing, default=0.0))
 
 
 def main(
     checkpoint: Annotated[Path, typer.Option(help="Folder written by the trainer.")],
     data: Annotated[Path, typer.Option(help="Folder with prompts/ and pairs/.")],
-    false_positive_rate: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.08,
+    false_positive_rate: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.1,
 ) -> None:
-    """Fit the calibration and choose the threshold; writes calibration.json into the checkpoint."""
+    """Fit the calibration and choose thresholds; writes calibration.json into the checkpoint."""
     screener, description = load_screener(checkpoint)
     categories = [entry["name"] for entry in json.loads((checkpoint / "taxonomy.json").read_text())]
     tokenizer = Tokenizer(
@@ -99,13 +115,19 @@ def main(
     latent = latents(torch_session(screener), tokenizer, [example.prompt for example in examples])
     target, known = truth(examples, categories)
     slope, intercept = fit(latent, target, known)
-    threshold = threshold_at(latent.severity(slope, intercept), examples, false_positive_rate)
+    severity = latent.severity(slope, intercept)
+    thresholds = thresholds_at(severity, examples, false_positive_rate)
     values = {
-        name: {"slope": float(slope[k]), "intercept": float(intercept[k]), "threshold": threshold}
+        name: {
+            "slope": float(slope[k]),
+            "intercept": float(intercept[k]),
+            "threshold": float(thresholds[k]),
+        }
         for k, name in enumerate(categories)
     }
     write_json(checkpoint / "calibration.json", values)
-    typer.echo(f"threshold {threshold:.3f} flags {false_positive_rate:.0%} of hard-benign prompts")
+    for name, threshold in zip(categories, thresholds, strict=True):
+        typer.echo(f"{name}  {threshold:.3f}")
 
 
 if __name__ == "__main__":

@@ -38,9 +38,8 @@ class Settings:
     head_rate: float = 1e-3
     warmup: float = 0.06  # share of all steps
     weight_decay: float = 0.01
-    window: int = 256
-    overlap: int = 64
-    train_window: int = 128  # tokens; a longer prompt is read up to here in training
+    window: int = 128  # tokens; training reads a prompt's first window, serving all of them
+    overlap: int = 32
     seed: int = 17
 
 
@@ -199,7 +198,7 @@ def main(
     entries = json.loads(taxonomy.read_text(encoding="utf-8"))
     categories = [entry["name"] for entry in entries]
     serialized = encoder / "tokenizer.json"
-    tokenizer = Tokenizer(serialized.read_bytes(), settings.train_window, 0)
+    tokenizer = Tokenizer(serialized.read_bytes(), settings.window, settings.overlap)
     examples = training_examples(data, categories, settings)
     if not examples:
         raise typer.BadParameter(f"{data} has no rows that may be trained on")

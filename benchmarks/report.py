@@ -1,0 +1,206 @@
+"""Writes the tables of docs/quality.md and docs/performance.md from benchmarks/results/.
+
+Text between `<!-- NAME -->` and `<!-- end -->` is replaced, so no figure is typed by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from environment import RESULTS
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def main() -> None:
+    """Fill in both pages."""
+    for page in ("quality.md", "performance.md"):
+        path = DOCS / page
+        text = path.read_text(encoding="utf-8")
+        for name, table in TABLES.items():
+            text = re.sub(
+                rf"(<!-- {name} -->\n).*?(<!-- end -->)",
+                lambda match, table=table: match[1] + table() + "\n" + match[2],
+                text,
+                flags=re.DOTALL,
+            )
+        path.write_text(text, encoding="utf-8")
+
+
+def overall() -> str:
+    """The headline figures of quality.json."""
+    values = read("quality")["overall"]
+    return table(
+        ("figure", "value"), [(name.replace("_", " "), f"{v:.3f}") for name, v in values.items()]
+    )
+
+
+def sets() -> str:
+    """How much of each evaluation set is flagged."""
+    rows = read("quality")["sets"].items()
+    return table(
+        ("set", "prompts", "flagged"),
+        [(n, row["prompts"], f"{row['flagged']:.1%}") for n, row in rows],
+    )
+
+
+def categories() -> str:
+    """Per category."""
+    rows = read("quality")["categories"]
+    columns = (
+        "auprc",
+        "f1",
+        "recall_at_1_percent_fpr",
+        "recall_at_5_percent_fpr",
+        "ece",
+        "ece_graded",
+    )
+    return table(
+        (
+            "category",
+            "positives",
+            "AUPRC",
+            "F1",
+            "recall at 1 % FPR",
+            "at 5 %",
+            "ECE",
+            "ECE graded",
+        ),
+        [(n, row["positives"], *(f"{row[c]:.3f}" for c in columns)) for n, row in rows.items()],
+    )
+
+
+def ablation() -> str:
+    """Variational against plain."""
+    rows = [
+        (
+            setting,
+            name,
+            f"{m['variational']:.4f}",
+            f"{m['plain']:.4f}",
+            f"{m['gain']:+.4f} [{m['interval_95'][0]:+.4f}, {m['interval_95'][1]:+.4f}]",
+        )
+        for setting, values in read("ablation")["settings"].items()
+        for name, m in values["measures"].items()
+    ]
+    return table(("supervision", "measure", "variational", "plain", "gain, 95 % interval"), rows)
+
+
+def ablation_errors() -> str:
+    """Errors of single severities, before calibration."""
+    rows = [
+        (
+            setting,
+            *(f"{values[key][head]:.4f}" for key in KEYS for head in ("variational", "plain")),
+        )
+        for setting, values in read("ablation")["settings"].items()
+    ]
+    header = ("supervision", "ECE variational", "ECE plain", "severity error variational", "plain")
+    return table(header, rows)
+
+
+KEYS = ("macro_ece", "severity_mean_absolute_error")
+
+
+def int8() -> str:
+    """What int8 costs."""
+    r = read("int8")
+    return table(
+        ("figure", "value"),
+        [
+            ("decisions that differ, all development prompts", f"{r['flipped_decisions']:.2%}"),
+            ("of these, prompts files", f"{r['flipped_decisions_prompts']:.2%}"),
+            ("of these, refinement pairs (hard)", f"{r['flipped_decisions_pairs']:.2%}"),
+            ("mean difference of a severity", f"{r['mean_difference']:.5f}"),
+            ("largest difference of a severity", f"{r['largest_difference']:.3f}"),
+            ("macro AUPRC fp32", f"{r['macro_auprc']['fp32']:.4f}"),
+            ("macro AUPRC int8", f"{r['macro_auprc']['int8']:.4f}"),
+            ("graph, MB, fp32", f"{r['bytes']['fp32'] / 1e6:.1f}"),
+            ("graph, MB, int8", f"{r['bytes']['int8'] / 1e6:.1f}"),
+        ],
+    )
+
+
+def invariance() -> str:
+    """Alone, in batches, from threads."""
+    rows = [
+        (
+            p,
+            r["prompts"],
+            f"{r['largest_difference_batched']:.1e}",
+            f"{r['largest_difference_64_threads']:.1e}",
+        )
+        for p in ("fp32", "int8")
+        for r in [read(f"invariance_{p}")]
+    ]
+    return table(("precision", "prompts", "largest change in a batch", "from 64 threads"), rows)
+
+
+def latency() -> str:
+    """One prompt, against the peers."""
+    rows = [
+        (
+            tokens,
+            name,
+            f"{row['p50_ms']:.1f}",
+            f"{row['p99_ms']:.1f}",
+            f"{row['ratio_to_ours']:.2f}",
+        )
+        for tokens, peers in read("latency")["tokens"].items()
+        for name, row in peers.items()
+    ]
+    return table(("tokens", "", "p50 ms", "p99 ms", "times ours"), rows)
+
+
+def cold_start() -> str:
+    """Whole processes."""
+    rows = [
+        (name, f"{row['wall_ms']:.0f}", f"{row['worst_ms']:.0f}", f"{row['peak_mib']:.0f}")
+        for name, row in read("cold_start")["processes"].items()
+    ]
+    return table(("process", "median ms", "worst ms", "peak MiB"), rows)
+
+
+def machine() -> str:
+    """Where the figures come from."""
+    e = read("latency")["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in e["versions"].items())
+    cpu = e["cpu"]
+    name = f"{cpu['cores']} cores of {cpu['model']} ({', '.join(cpu['instructions'])})"
+    return f"{name}, Python {e['python']}; {versions}."
+
+
+def table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    """A Markdown table."""
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def read(name: str) -> dict[str, Any]:
+    """A result file."""
+    values: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return values
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    function.__name__: function
+    for function in (
+        overall,
+        sets,
+        categories,
+        ablation,
+        ablation_errors,
+        int8,
+        invariance,
+        latency,
+        cold_start,
+        machine,
+    )
+}
+
+if __name__ == "__main__":
+    main()
