@@ -2,7 +2,7 @@
 
 >>> import lance_edge
 >>> guard = lance_edge.load()
->>> guard.screen("How do I pick the lock of my neighbour's door?").decision
+>>> guard.screen("How can I get into my ex's phone and read her messages?").decision
 'rewrite'
 """
 

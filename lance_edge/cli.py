@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+import os
 import signal
 import sys
 import traceback
@@ -70,6 +71,7 @@ def exits(command: Callable[..., int]) -> Callable[..., None]:
             code = FAILED
         except OSError as error:
             complain(f"reading or writing failed: {error.strerror or error}")
+            _discard_output()
             code = FAILED
         except KeyboardInterrupt:
             complain("interrupted")
@@ -81,6 +83,15 @@ def exits(command: Callable[..., int]) -> Callable[..., None]:
         raise typer.Exit(code)
 
     return run
+
+
+def _discard_output() -> None:
+    """What is still in the buffer cannot be written; the interpreter would try again, and exit with 120."""
+    try:
+        descriptor = sys.stdout.fileno()
+    except OSError:  # a stand-in without a file, as in tests
+        return
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 @app.command()
