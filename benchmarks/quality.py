@@ -43,7 +43,6 @@ def main(
         "benchmark": "quality",
         "bundle": {"name": guard.bundle.manifest.name, "sha256": guard.bundle.sha256},
         "prompts": len(examples),
-        "threshold": float(guard.policy.thresholds[0]),
         "overall": {
             "auc": float(roc_auc_score(harmful[decided], highest[decided])),
             "auprc": float(average_precision_score(harmful[decided], highest[decided])),
@@ -87,6 +86,7 @@ def category_metrics(
         called = score >= thresholds[k]
         agreed = float((called & present).sum())
         rows[name] = {
+            "threshold": float(thresholds[k]),
             "positives": int(present.sum()),
             "auprc": float(average_precision_score(present, score)),
             "f1": 2 * agreed / max(1.0, float(called.sum() + present.sum())),

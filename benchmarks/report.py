@@ -62,6 +62,7 @@ def categories() -> str:
     return table(
         (
             "category",
+            "threshold",
             "positives",
             "AUPRC",
             "F1",
@@ -70,7 +71,10 @@ def categories() -> str:
             "ECE",
             "ECE graded",
         ),
-        [(n, row["positives"], *(f"{row[c]:.3f}" for c in columns)) for n, row in rows.items()],
+        [
+            (n, row["threshold"], row["positives"], *(f"{row[c]:.3f}" for c in columns))
+            for n, row in rows.items()
+        ],
     )
 
 
