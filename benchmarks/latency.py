@@ -4,8 +4,8 @@ Contestants run in turn, in blocks, with a pause before each block: idle thread 
 while after a run and would slow the next contestant. Ratios are taken block by block.
 
 ours          lance_edge, text to verdict (tokenising, severities, spans, decision)
-transformers  AutoTokenizer and the torch model with its head, eager, fp32
-optimum       AutoTokenizer and ORTModelForFeatureExtraction, fp32: the encoder alone, so it does less
+transformers  BertTokenizerFast and the torch model with its head, eager, fp32
+optimum       BertTokenizerFast and ORTModelForFeatureExtraction, fp32: the encoder alone, so it does less
 """
 
 from __future__ import annotations

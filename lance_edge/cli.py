@@ -70,7 +70,8 @@ def exits(command: Callable[..., int]) -> Callable[..., None]:
             complain(str(error))
             code = FAILED
         except OSError as error:
-            complain(f"reading or writing failed: {error.strerror or error}")
+            named = f" {error.filename}" if error.filename else ""
+            complain(f"reading or writing{named} failed: {error.strerror or error}")
             _discard_output()
             code = FAILED
         except KeyboardInterrupt:
@@ -128,7 +129,7 @@ def screen(
         int, typer.Option(min=1, help="Longer prompts are reported, not screened.")
     ] = MAX_CHARS,
     threads: Annotated[
-        int | None, typer.Option(min=1, show_default="one per core", help="CPU threads.")
+        int | None, typer.Option(min=1, show_default="one per physical core", help="CPU threads.")
     ] = None,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="No progress and no summary.")
@@ -200,7 +201,9 @@ def info(
         )
     typer.echo("")
     for name, reason in devices.items():
-        typer.echo(f"device {name:<5} {'available' if reason is None else reason}")
+        typer.echo(
+            f"device {name:<5} {'offered by the installed runtime' if reason is None else reason}"
+        )
     return 0
 
 

@@ -31,7 +31,7 @@ RUN_TOKENS = 1024  # tokens in one run at most; past this, larger batches only c
 class WindowLabels:
     """What the screener says of one window; C categories.
 
-    severity       calibrated posterior mean of each category   [C]
+    severity       calibrated mean of each category under p(z | x)   [C]
     deviation      its standard deviation   [C]
     contributions  what each token adds to each category's logit   [tokens, C]
     score_ms       the window's share of its run, by tokens

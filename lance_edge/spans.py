@@ -93,5 +93,5 @@ def merge(spans: Sequence[Span]) -> tuple[Span, ...]:
             merged[-1] = Span(last.start, max(last.end, span.end), span.category, weight)
         else:
             merged.append(span)
-    rounded = (Span(s.start, s.end, s.category, min(1.0, s.weight)) for s in merged)
-    return tuple(sorted(rounded, key=lambda s: (s.start, s.end, s.category)))
+    clipped = (Span(s.start, s.end, s.category, min(1.0, s.weight)) for s in merged)
+    return tuple(sorted(clipped, key=lambda s: (s.start, s.end, s.category)))

@@ -39,7 +39,7 @@ class Verdict:
 
     decision      what to do with the prompt: allow, rewrite, review or block
     flagged       categories at or above their threshold, the strongest first
-    severity      category -> 0..1, the calibrated mean of the model's posterior
+    severity      category -> 0..1, the calibrated mean under the model's p(z | x)
     deviation     category -> standard deviation of that severity
     distribution  `none` and each category -> share; sums to 1
     spans         the words that carry the flagged categories' hazard, in order of appearance

@@ -34,7 +34,8 @@ def open_cuda(graph: bytes, threads: int | None = None) -> Session:
 
 
 def why_not(device: str) -> str | None:
-    """Why this process cannot use the device; None if nothing speaks against it."""
+    """Why this process cannot use the device; None if the runtime offers it, which opening a
+    session must still prove."""
     try:
         runtime = _import()
     except DeviceUnavailable as error:
@@ -45,11 +46,6 @@ def why_not(device: str) -> str | None:
         f"the installed onnxruntime {runtime.__version__} has no {PROVIDERS[device]}; "
         "install `lance-edge[gpu]` in an environment without the cpu extra"
     )
-
-
-def version() -> str:
-    """The version of ONNX Runtime."""
-    return str(_import().__version__)
 
 
 class OrtSession:
@@ -108,4 +104,6 @@ def _import() -> ModuleType:
 
 def _spec(value: Any) -> TensorSpec:
     shape = tuple(length if isinstance(length, int) else None for length in value.shape)
+    if value.type not in _DTYPES:
+        raise SessionError(f"the graph's {value.name} is a {value.type}, which is not supported")
     return TensorSpec(value.name, np.dtype(_DTYPES[value.type]), shape)

@@ -101,7 +101,8 @@ def screener(
 
     golden = [row["prompt"] for row in read_rows(prompts)][:16]
     if golden_prompts is not None:
-        golden = golden_prompts.read_text(encoding="utf-8").splitlines()
+        golden = golden_prompts.read_text(encoding="utf-8").split("\n")
+        golden = [prompt for prompt in golden if prompt.strip()]
     spec = ScreenerSpec(
         "screener.onnx",
         "tokenizer.json",

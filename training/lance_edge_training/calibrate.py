@@ -2,7 +2,7 @@
 
 On the calibration half of the development data, per category z' = slope * z + intercept is
 fitted so that the severity's cross-entropy against the truth is smallest (Platt scaling on the
-latent), and thresholds are chosen at a stated false-positive rate on hard-benign prompts.
+latent), on rows that may be trained on; thresholds are chosen at a stated false-positive rate on hard-benign prompts.
 """
 
 from __future__ import annotations
@@ -114,7 +114,9 @@ def main(
     examples = [e for e in load_examples(data, "dev", categories) if half(e) == "calibration"]
     latent = latents(torch_session(screener), tokenizer, [example.prompt for example in examples])
     target, known = truth(examples, categories)
-    slope, intercept = fit(latent, target, known)
+    allowed = np.array([example.may_train for example in examples])
+    permitted = Latents(latent.mean[allowed], latent.deviation[allowed])
+    slope, intercept = fit(permitted, target[allowed], known[allowed])
     severity = latent.severity(slope, intercept)
     thresholds = thresholds_at(severity, examples, false_positive_rate)
     values = {

@@ -36,6 +36,7 @@ class Example:
     harmful   the yes/no for the whole prompt; None if unknown
     spans     substrings that carry the hazard
     group     near-twins share it; they stay on one side of any split
+    may_train whether its licence lets it shape what ships; else it is for evaluation only
     """
 
     prompt: str
@@ -46,6 +47,7 @@ class Example:
     harmful: bool | None
     spans: tuple[str, ...] = ()
     group: str | None = None
+    may_train: bool = True
 
     @property
     def easy(self) -> bool:
@@ -83,7 +85,15 @@ def prompt_example(row: dict[str, Any], categories: Sequence[str]) -> Example:
     elif harmful is False:
         labels = dict.fromkeys(categories, 0.0)
     _check(row, categories)
-    return Example(row["prompt"], row["source"], "prompt", labels, severity, harmful)
+    return Example(
+        row["prompt"],
+        row["source"],
+        "prompt",
+        labels,
+        severity,
+        harmful,
+        may_train=row["may_train"] is True,
+    )
 
 
 def pair_examples(row: dict[str, Any], categories: Sequence[str]) -> list[Example]:

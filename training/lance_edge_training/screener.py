@@ -23,6 +23,8 @@ from lance_edge_training.data import Batch, Corpus, Example, Supervision, binari
 from lance_edge_training.model import Enhancer, HeadKind, Screener
 from lance_edge_training.objective import Weights, plain_terms, total, variational_terms
 
+DEFAULT_TAXONOMY = Path(__file__).with_name("default_taxonomy.json")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -122,7 +124,7 @@ class Trainer:
         warmup = max(1.0, self.settings.warmup * self.steps)
         if step < warmup:
             return (step + 1) / warmup
-        return max(0.0, (self.steps - step) / (self.steps - warmup))
+        return max(0.0, (self.steps - step) / max(1.0, self.steps - warmup))
 
     def _head_parameters(self) -> list[nn.Parameter]:
         enhancer = [] if self.enhancer is None else list(self.enhancer.parameters())
@@ -182,7 +184,7 @@ def main(
     encoder: Annotated[Path, typer.Option(help="Hugging Face folder of the pretrained encoder.")],
     data: Annotated[Path, typer.Option(help="Folder with prompts/ and pairs/.")],
     out: Annotated[Path, typer.Option(help="Where the checkpoint goes.")],
-    taxonomy: Annotated[Path, typer.Option()] = Path("training/taxonomies/default.json"),
+    taxonomy: Annotated[Path, typer.Option()] = DEFAULT_TAXONOMY,
     head: Annotated[str, typer.Option(help="variational or plain")] = "variational",
     supervision: Annotated[str, typer.Option(help="all, or binary: severities cut to 0/1")] = "all",
     epochs: Annotated[int, typer.Option(min=1)] = Settings.epochs,
