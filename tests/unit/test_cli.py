@@ -637,7 +637,7 @@ def test_info_shows_the_bundle_and_the_devices(
         "privacy       0.500  rewrite  S1",
         "child         0.500  block    S1",
     ]
-    assert lines[10] == "device cpu   available"
+    assert lines[10] == "device cpu   offered by the installed runtime"
     assert lines[11].startswith("device cuda  ")
 
 
