@@ -28,13 +28,8 @@ Feed = Mapping[str, npt.NDArray[Any]]
 WEIGHT_LEVELS = 63  # 7 bits, symmetric
 TABLE_LEVELS = 127  # 8 bits, symmetric
 ACTIVATION_LEVELS = 255  # 8 bits, unsigned, around a zero point
-ZERO_POINTS = (
-    128,
-    96,
-    64,
-    32,
-    16,
-)  # tried per layer; low ones suit inputs that are mostly positive
+# Tried per layer; low ones suit inputs that are mostly positive.
+ZERO_POINTS = (128, 96, 64, 32, 16)
 ONE = np.array(1, dtype=np.float32)
 SMALLEST_SCALE = np.array(1e-12, dtype=np.float32)  # an all-zero row has no scale of its own
 
