@@ -1,4 +1,4 @@
-"""Screen a prompt on the machine where the product runs.
+"""Screen a prompt on the machine where the product runs, and repair it instead of refusing it.
 
 >>> import lance_edge
 >>> guard = lance_edge.load()
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lance_edge.bundle import default_bundle
     from lance_edge.errors import (
+        BaseCorrupt,
         BundleCorrupt,
         BundleError,
         BundleFileMissing,
@@ -21,21 +22,29 @@ if TYPE_CHECKING:
         InvalidOption,
         InvalidPrompt,
         LanceError,
+        PullError,
+        RefinerMissing,
     )
     from lance_edge.pipeline import Pipeline, load
-    from lance_edge.verdict import Span, Timings, Verdict
+    from lance_edge.verdict import Edit, Gradient, RefineStep, Span, Timings, Verdict
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BaseCorrupt",
     "BundleCorrupt",
     "BundleError",
     "BundleFileMissing",
+    "Edit",
+    "Gradient",
     "InputError",
     "InvalidOption",
     "InvalidPrompt",
     "LanceError",
     "Pipeline",
+    "PullError",
+    "RefineStep",
+    "RefinerMissing",
     "Span",
     "Timings",
     "Verdict",
@@ -47,6 +56,9 @@ _ROOMS = {
     "default_bundle": "bundle",
     "load": "pipeline",
     "Pipeline": "pipeline",
+    "Edit": "verdict",
+    "Gradient": "verdict",
+    "RefineStep": "verdict",
     "Span": "verdict",
     "Timings": "verdict",
     "Verdict": "verdict",

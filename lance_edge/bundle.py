@@ -10,11 +10,14 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from lance_edge.errors import BundleCorrupt, BundleError, BundleFileMissing
+from lance_edge.llama import LlamaShape
 from lance_edge.verdict import Decision
 
 FORMAT = 1
@@ -90,6 +93,141 @@ class ScreenerSpec:
 
 
 @dataclass(frozen=True)
+class CategoryTemplate:
+    """How one category is spoken of: "{topic} ...: {direction}"."""
+
+    topic: str
+    direction: str
+
+
+@dataclass(frozen=True)
+class Templates:
+    """The contents of a bundle's gradients.json.
+
+    line       a gradient, with {topic}, {strength}, {elements} and {direction}
+    elements   the words it names, with {quoted}; left out where none are known
+    strengths  least severity -> word
+    tokens     budget of a critique, in the refiner's tokens
+    """
+
+    line: str
+    elements: str
+    strengths: dict[str, str]
+    tokens: int
+    categories: dict[str, CategoryTemplate]
+
+    def __post_init__(self) -> None:
+        try:
+            floors = [float(floor) for floor in self.strengths]
+            self.line.format(topic="", strength="", elements="", direction="")
+            self.elements.format(quoted="")
+        except (ValueError, KeyError, IndexError) as error:
+            raise BundleError(
+                f"gradients.json has a template that cannot be filled ({error})"
+            ) from error
+        if not floors or min(floors) > 0 or self.tokens < 16:
+            raise BundleError(
+                "gradients.json needs a strength from 0.0 on and a budget of 16 tokens or more"
+            )
+
+    def strength(self, severity: float) -> str:
+        """The word for a severity."""
+        reached = [floor for floor in self.strengths if severity >= float(floor)]
+        return self.strengths[max(reached, key=float, default=min(self.strengths, key=float))]
+
+
+@dataclass(frozen=True)
+class Template:
+    """What stands around prompt, critique and rewrite; control tokens may appear in it.
+
+    prefix + prompt + read [the second look reads here] + critique + write + rewrite + end
+    """
+
+    prefix: str
+    read: str
+    write: str
+    end: str
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """What the manifest says of a file."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class BaseSpec:
+    """The base language model that a refiner was fine-tuned from, and where it is published.
+
+    package  a wheel on the Python package index, as pip names it: "name==version"
+    member   the GGUF file inside the wheel
+    """
+
+    package: str
+    member: str
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class RefinerSpec:
+    """How the refiner is made and fed.
+
+    delta          low-rank changes to the base, and the second look's head
+    prefix         keys and values of the template's first tokens
+    second_look    its calibration, and which prompts get it
+    weights        what base and delta make together: the bundle has it only if `files` does
+    context        positions the graph covers, in tokens
+    prompt_tokens  the longest prompt it reads
+    least_kept     share of the words outside the hazard that a rewrite must keep, in order
+    """
+
+    graph: str
+    tokenizer: str
+    delta: str
+    prefix: str
+    second_look: str
+    precision: str
+    context: int
+    prompt_tokens: int
+    least_kept: float
+    shape: LlamaShape
+    template: Template
+    base: BaseSpec
+    weights: FileEntry
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise BundleError(f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
+        if not 0 < 3 * self.prompt_tokens <= self.context:
+            raise BundleError(
+                f"a context of {self.context} tokens has no room for prompts of "
+                f"{self.prompt_tokens}, their critique and their rewrite"
+            )
+
+
+@dataclass(frozen=True)
+class SecondLook:
+    """When the refiner's language model reads a prompt too, and what its reading counts.
+
+    calibration  of its latent severities
+    low, high    the first look leaves the decision open if its margin lies between (`policy.margin`)
+    share        of the second look in the latent severity of both
+    """
+
+    calibration: dict[str, Calibration]
+    low: float
+    high: float
+    share: float
+
+    def __post_init__(self) -> None:
+        if not (self.low <= self.high and 0 < self.share <= 1):
+            raise BundleError("a second look needs low <= high and a share above 0 and at most 1")
+
+
+@dataclass(frozen=True)
 class Golden:
     """A prompt with the severities and the decision that every machine must reproduce."""
 
@@ -100,14 +238,6 @@ class Golden:
     def __post_init__(self) -> None:
         if not self.prompt or not all(0 <= value <= 1 for value in self.severity.values()):
             raise BundleError("an entry of goldens.json needs a prompt and severities in 0..1")
-
-
-@dataclass(frozen=True)
-class FileEntry:
-    """What the manifest says of a file."""
-
-    sha256: str
-    bytes: int
 
 
 @dataclass(frozen=True)
@@ -126,6 +256,8 @@ class Manifest:
     calibration: str
     goldens: str
     screener: ScreenerSpec
+    gradients: str | None = None
+    refiner: RefinerSpec | None = None
     parity: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -162,6 +294,30 @@ class Bundle:
             )
         return goldens
 
+    def gradients(self) -> Templates:
+        """The templates of the textual gradients. Raises BundleError if they miss a category."""
+        name = self.manifest.gradients
+        if name is None:
+            raise BundleError(f"{self.path} has no gradients; export it again with a refiner")
+        path = self.path / name
+        templates = _build(Templates, _parse(path, self.read(name), dict), path)
+        self._fits(templates.categories, path)
+        return templates
+
+    def second_look(self) -> SecondLook:
+        """The second look's calibration. Raises BundleError if there is no refiner."""
+        if self.manifest.refiner is None:
+            raise BundleError(f"{self.path} has no refiner; export it again with one")
+        path = self.path / self.manifest.refiner.second_look
+        look = _build(SecondLook, _parse(path, self.read(path.name), dict), path)
+        self._fits(look.calibration, path)
+        return look
+
+    def _fits(self, values: Mapping[str, object], path: Path) -> None:
+        names = {category.name for category in self.categories}
+        if odd := sorted(set(values) ^ names):
+            raise BundleError(f"{path} and the taxonomy differ in {', '.join(odd)}")
+
     def verify(self) -> list[str]:
         """Hash every file; returns their names. Raises BundleFileMissing or BundleCorrupt."""
         for name in self.manifest.files:
@@ -185,6 +341,8 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
     contents = (folder / MANIFEST).read_bytes()
     manifest = _manifest(folder / MANIFEST, contents)
     bundle = Bundle(folder, hashlib.sha256(contents).hexdigest(), manifest, (), {})
+    if manifest.refiner is not None and manifest.gradients is None:
+        raise BundleError(f"{folder} has a refiner and no gradients for it to read")
     categories = tuple(
         _build(Category, entry, folder / manifest.taxonomy)
         for entry in _parse(folder / manifest.taxonomy, bundle.read(manifest.taxonomy), list)
@@ -220,15 +378,11 @@ def _manifest(path: Path, contents: bytes) -> Manifest:
         raise BundleError(
             f"{path} has bundle format {found!r} and this version reads {FORMAT}; {remedy}"
         )
-    for key in ("files", "screener"):
-        if not isinstance(values.get(key), dict):
-            raise BundleError(f"{path} has no {key!r}")
-    entries = {name: _build(FileEntry, entry, path) for name, entry in values["files"].items()}
-    for name in entries:
+    manifest = _build(Manifest, values, path)
+    for name in manifest.files:
         if Path(name).name != name or name == "..":
             raise BundleError(f"{path} names {name!r}, which is not a plain file name")
-    screener = _build(ScreenerSpec, values["screener"], path)
-    return _build(Manifest, {**values, "files": entries, "screener": screener}, path)
+    return manifest
 
 
 def _read_verified(folder: Path, name: str, entry: FileEntry) -> bytes:
@@ -255,7 +409,7 @@ def _parse(path: Path, contents: bytes, kind: type[T]) -> T:
     return value
 
 
-def _build(kind: type[T], values: object, path: Path) -> T:
+def _build(kind: type[T], values: object, path: Path | str) -> T:
     """A dataclass from a JSON object; unknown, missing and ill-typed keys are errors."""
     if not isinstance(values, dict):
         raise BundleError(f"{path}: {kind.__name__} must be an object, not {type(values).__name__}")
@@ -277,8 +431,12 @@ def _is_required(item: Field[Any]) -> bool:
 def _typed(value: Any, hint: Any, place: str) -> Any:
     """The value, if it is of the annotated type; JSON lists become tuples."""
     origin, arguments = get_origin(hint), get_args(hint)
-    if hint is Any or (isinstance(hint, type) and is_dataclass(hint) and isinstance(value, hint)):
+    if hint is Any:
         return value
+    if isinstance(hint, type) and is_dataclass(hint):
+        return _build(hint, value, place)
+    if origin is UnionType:  # only "something | None" is used
+        return None if value is None else _typed(value, arguments[0], place)
     if origin is Literal and value in arguments:
         return value
     if origin is tuple and isinstance(value, (list, tuple)):

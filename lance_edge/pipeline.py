@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from io import BytesIO
 from types import TracebackType
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-from lance_edge.bundle import Bundle, default_bundle, open_bundle
-from lance_edge.errors import InvalidOption, InvalidPrompt
+from lance_edge.bundle import Bundle, RefinerSpec, default_bundle, open_bundle
+from lance_edge.decoder import Decoder
+from lance_edge.errors import BundleError, InvalidOption, InvalidPrompt
+from lance_edge.gradient import critique, gradients
+from lance_edge.language import LanguageTokenizer
 from lance_edge.policy import Policy, policy
-from lance_edge.screener import FloatArray, Labels, Screener
+from lance_edge.pull import open_weights, weights_path
+from lance_edge.refiner import Reading, Refiner, Rewrite
+from lance_edge.repair import diff, repair
+from lance_edge.screener import FloatArray, Labels, Screener, both_looks
 from lance_edge.spans import hazard_spans
 from lance_edge.tokenizer import Tokenizer, Window
-from lance_edge.verdict import Timings, Verdict
-from lance_edge_engines import BACKENDS, open_session
+from lance_edge.verdict import Gradient, Timings, Verdict
+from lance_edge_engines import BACKENDS, SessionError, open_session
+
+Looks = Literal["1", "2", "auto"]
 
 MAX_CHARS = 1_000_000
 
@@ -31,8 +43,20 @@ class Prompt:
     encode_ms: float
 
 
+@dataclass(frozen=True)
+class Judged:
+    """A prompt with all that the looks say of it.
+
+    reading  the second look's cache; None if there was none
+    """
+
+    prompt: Prompt
+    labels: Labels
+    reading: Reading | None = None
+
+
 class Pipeline:
-    """Screens prompts. Made by `load`; may be used from several threads at once."""
+    """Screens and refines prompts. Made by `load`; may be used from several threads at once."""
 
     def __init__(
         self,
@@ -41,17 +65,46 @@ class Pipeline:
         screener: Screener,
         policy: Policy,
         max_chars: int,
+        looks: Looks = "1",
+        open_refiner: Callable[[], Refiner] | None = None,
     ) -> None:
+        """`open_refiner` is called when a refiner is first needed; None if there is none.
+
+        looks  "1": the screener alone; "2": every prompt is read twice; "auto": those that the
+               first look leaves open
+        """
         self.bundle = bundle
         self.tokenizer = tokenizer
         self.screener = screener
         self.policy = policy
         self.max_chars = max_chars
+        self.looks = looks
+        self.templates = bundle.gradients() if bundle.manifest.gradients else None
+        self.second_look = bundle.second_look() if open_refiner else None
+        self._open_refiner = open_refiner
+        self._refiner: Refiner | None = None
+        self._opening = threading.Lock()
 
     @property
     def device(self) -> str:
         """Where the graphs run; what "auto" chose."""
         return self.screener.device
+
+    @property
+    def refiner(self) -> Refiner:
+        """The refiner, opened when it is first asked for.
+
+        Raises BundleError if the bundle has none, RefinerMissing if it was never pulled.
+        """
+        with self._opening:
+            if self._refiner is None:
+                if self._open_refiner is None:
+                    raise BundleError(
+                        f"the bundle {self.bundle.manifest.name} has no refiner: it can screen "
+                        "prompts, not refine them"
+                    )
+                self._refiner = self._open_refiner()
+            return self._refiner
 
     def screen(self, text: str) -> Verdict:
         """The verdict on one prompt.
@@ -66,13 +119,19 @@ class Pipeline:
         Raises InvalidPrompt, which names the prompt's index, before any of them is screened.
         To go on with the others, `encode` each prompt yourself and `judge` those that pass.
         """
-        prompts = []
-        for index, text in enumerate(texts):
-            try:
-                prompts.append(self.encode(text))
-            except InvalidPrompt as error:
-                raise InvalidPrompt(f"prompt {index}: {error}") from error
-        return self.judge(prompts)
+        return self.judge(self._encode_all(texts))
+
+    def refine(self, text: str) -> Verdict:
+        """The verdict on one prompt, with an accepted rewrite where it should be rewritten.
+
+        A prompt that is not flagged comes back as it is: `refined` is None, the decision "allow".
+        Raises InvalidPrompt as `screen` does; BundleError or RefinerMissing without a refiner.
+        """
+        return self.repair([self.encode(text)])[0]
+
+    def refine_many(self, texts: Iterable[str]) -> list[Verdict]:
+        """What `refine` says of each prompt, in order. Raises InvalidPrompt, which names the index."""
+        return self.repair(self._encode_all(texts))
 
     def encode(self, text: str) -> Prompt:
         """Check and tokenise a prompt. Raises InvalidPrompt."""
@@ -87,12 +146,18 @@ class Pipeline:
 
     def judge(self, prompts: Sequence[Prompt]) -> list[Verdict]:
         """The verdicts on encoded prompts, in order."""
-        labels = self.screener.score([prompt.windows for prompt in prompts])
-        return [self._verdict(prompt, item) for prompt, item in zip(prompts, labels, strict=True)]
+        return [self._verdict(self._look_again(judged)) for judged in self._first_looks(prompts)]
+
+    def repair(self, prompts: Sequence[Prompt]) -> list[Verdict]:
+        """The verdicts on encoded prompts, in order, with rewrites."""
+        refiner = self.refiner
+        return [self._repaired(judged, refiner) for judged in self._first_looks(prompts)]
 
     def close(self) -> None:
         """Free the models' memory."""
         self.screener.close()
+        if self._refiner is not None:
+            self._refiner.close()
 
     def __enter__(self) -> Pipeline:
         return self
@@ -105,9 +170,93 @@ class Pipeline:
     ) -> None:
         self.close()
 
-    def _verdict(self, prompt: Prompt, labels: Labels) -> Verdict:
-        names = self.policy.categories
+    def _encode_all(self, texts: Iterable[str]) -> list[Prompt]:
+        prompts = []
+        for index, text in enumerate(texts):
+            try:
+                prompts.append(self.encode(text))
+            except InvalidPrompt as error:
+                raise InvalidPrompt(f"prompt {index}: {error}") from error
+        return prompts
+
+    def _first_looks(self, prompts: Sequence[Prompt]) -> list[Judged]:
+        labels = self.screener.score([prompt.windows for prompt in prompts])
+        return [Judged(prompt, item) for prompt, item in zip(prompts, labels, strict=True)]
+
+    def _look_again(self, judged: Judged) -> Judged:
+        """With a second look at the prompt, if the first leaves it open and the refiner can read it."""
+        look = self.second_look
+        if look is None or self.looks == "1":
+            return judged
+        is_open = look.low <= self.policy.margin(judged.labels) <= look.high
+        if not (is_open or self.looks == "2") or not self.refiner.fits(judged.prompt.text):
+            return judged
+        reading = self.refiner.read(judged.prompt.text)
+        labels = both_looks(judged.labels, reading.mean, reading.deviation, look.share)
+        return Judged(judged.prompt, labels, reading)
+
+    def _repaired(self, judged: Judged, refiner: Refiner) -> Verdict:
+        try:
+            judged = self._look_again(judged)
+            verdict = self._verdict(judged)
+            return self._rewritten(judged, verdict, refiner)
+        except SessionError as error:
+            verdict = self._verdict(judged)
+            decision = self.policy.unrepaired if self.policy.on_error == "closed" else "allow"
+            return replace(verdict, decision=decision, reason=f"the refiner failed: {error}")
+
+    def _rewritten(self, judged: Judged, verdict: Verdict, refiner: Refiner) -> Verdict:
+        """The verdict with an accepted rewrite, if it asks for one, or the reason why there is none."""
+        if verdict.decision != "rewrite":
+            return verdict
+        prompt, current = judged.prompt.text, judged
+        if not refiner.fits(prompt):
+            reason = (
+                f"the refiner reads {refiner.prompt_tokens} tokens and the prompt has "
+                f"{refiner.tokenizer.count(prompt)}"
+            )
+            return replace(verdict, decision=self.policy.unrepaired, reason=reason)
+
+        def rewrite(critique: str) -> Rewrite:
+            return refiner.rewrite(current.reading or refiner.read(current.prompt.text), critique)
+
+        def judge(text: str) -> tuple[Gradient, ...]:
+            nonlocal current
+            current = self._look_again(self._first_looks([self.encode(text)])[0])
+            return self._verdict(current).gradients
+
+        started = time.perf_counter()
+        assert self.templates is not None  # `open_bundle` sees to it where there is a refiner
+        tokens = self.templates.tokens
+        done = repair(
+            prompt,
+            verdict.gradients,
+            compose=lambda found: critique(found, refiner.tokenizer.count, tokens),
+            rewrite=rewrite,
+            judge=judge,
+            is_control=refiner.tokenizer.has_control,
+            least_kept=refiner.least_kept,
+            max_steps=self.policy.max_steps,
+        )
+        refine_ms = (time.perf_counter() - started) * 1000
+        return replace(
+            verdict,
+            decision="rewrite" if done.refined is not None else self.policy.unrepaired,
+            refined=done.refined,
+            critique=done.steps[0].critique,
+            steps=done.steps,
+            diff=() if done.refined is None else diff(prompt, done.refined),
+            reason=done.reason,
+            timings=replace(verdict.timings, refine_ms=refine_ms),
+        )
+
+    def _verdict(self, judged: Judged) -> Verdict:
+        prompt, labels, names = judged.prompt, judged.labels, self.policy.categories
         flagged = self.policy.flagged(labels.severity)
+        found: tuple[Gradient, ...] = ()
+        if self.templates is not None:
+            found = gradients(prompt.text, labels, flagged, names, self.templates)
+        reading = judged.reading
         return Verdict(
             decision=self.policy.decide(flagged),
             flagged=flagged,
@@ -115,11 +264,17 @@ class Pipeline:
             deviation=_by_name(names, labels.deviation),
             distribution=_by_name(("none", *names), labels.distribution),
             spans=hazard_spans(labels.windows, self.policy.thresholds, names),
+            gradients=found,
+            look=1 if reading is None else 2,
             tokens=sum(len(window.ids) for window in prompt.windows),
             windows=len(prompt.windows),
             bundle=self.bundle.sha256,
             device=self.device,
-            timings=Timings(prompt.encode_ms, sum(window.score_ms for window in labels.windows)),
+            timings=Timings(
+                prompt.encode_ms,
+                sum(window.score_ms for window in labels.windows),
+                0.0 if reading is None else reading.read_ms,
+            ),
         )
 
 
@@ -128,6 +283,8 @@ def load(
     device: str = "auto",
     *,
     thresholds: Mapping[str, float] | float | None = None,
+    rules: Mapping[str, Any] | None = None,
+    looks: Looks = "auto",
     threads: int | None = None,
     max_chars: int = MAX_CHARS,
 ) -> Pipeline:
@@ -136,10 +293,15 @@ def load(
     device      "auto", or one of `lance_edge_engines.BACKENDS`; only "auto" may choose another
     thresholds  severities from which on categories are flagged, in place of the bundle's: one for
                 all, or by category, where "*" stands for those that are not named
+    rules       other changes to the bundle's policy: see `lance_edge.policy.policy`
+    looks       "1": the screener alone decides; "2": the refiner's language model reads every
+                prompt too; "auto": it reads those that the screener leaves open, if its weights
+                are on this machine
     threads     CPU threads for one request; None for one per physical core
     max_chars   longer prompts are refused: they are read in full, which takes time
 
-    Raises BundleError, InvalidOption, or lance_edge_engines.DeviceUnavailable.
+    Raises BundleError, InvalidOption, lance_edge_engines.DeviceUnavailable, or, with looks="2",
+    RefinerMissing.
     """
     if threads is not None and threads < 1:
         raise InvalidOption(f"threads must be at least 1, not {threads}")
@@ -147,13 +309,36 @@ def load(
         raise InvalidOption(
             f"there is no device {device!r}; choose from auto, {', '.join(BACKENDS)}"
         )
+    if looks not in get_args(Looks):
+        raise InvalidOption(f"looks must be one of {', '.join(get_args(Looks))}, not {looks!r}")
     opened = open_bundle(default_bundle() if bundle is None else bundle)
-    rules = policy(opened, thresholds)
+    chosen = policy(opened, thresholds, rules)
     spec = opened.manifest.screener
     tokenizer = Tokenizer(opened.read(spec.tokenizer), spec.window, spec.overlap)
     session = open_session(opened.read(spec.graph), device, threads)
-    calibration = [opened.calibration[name] for name in rules.categories]
-    return Pipeline(opened, tokenizer, Screener(session, calibration), rules, max_chars)
+    calibration = [opened.calibration[name] for name in chosen.categories]
+    screener = Screener(session, calibration)
+    refiner = opened.manifest.refiner
+    if looks == "auto" and (refiner is None or not weights_path(opened, refiner).is_file()):
+        looks = "1"
+    opener = partial(open_refiner, opened, refiner, screener.device, threads) if refiner else None
+    pipeline = Pipeline(opened, tokenizer, screener, chosen, max_chars, looks, opener)
+    if looks == "2":
+        _ = pipeline.refiner  # a second look that cannot be had is an error now, not later
+    return pipeline
+
+
+def open_refiner(bundle: Bundle, spec: RefinerSpec, device: str, threads: int | None) -> Refiner:
+    """The bundle's refiner on a device. Raises RefinerMissing, BundleError, SessionError."""
+    tokenizer = LanguageTokenizer(bundle.read(spec.tokenizer), spec.template)
+    weights = open_weights(bundle, spec)
+    session = open_session(bundle.read(spec.graph), device, threads, weights)
+    with np.load(BytesIO(bundle.read(spec.prefix)), allow_pickle=False) as archive:
+        prefix = {name: archive[name] for name in archive.files}
+    decoder = Decoder(session, prefix, len(tokenizer.prefix), spec.context)
+    look = bundle.second_look()
+    calibration = [look.calibration[category.name] for category in bundle.categories]
+    return Refiner(decoder, tokenizer, calibration, spec.prompt_tokens, spec.least_kept)
 
 
 def _by_name(names: Sequence[str], values: FloatArray) -> dict[str, float]:

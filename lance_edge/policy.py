@@ -5,27 +5,46 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
 from lance_edge.bundle import Bundle
 from lance_edge.errors import InvalidOption
-from lance_edge.screener import FloatArray
+from lance_edge.screener import FloatArray, Labels
 from lance_edge.verdict import Decision
 
 ALL = "*"  # in thresholds: every category that is not named
 
 # The strongest action among the flagged categories decides.
-STRENGTH: tuple[Decision, ...] = ("allow", "rewrite", "review", "block")
+STRENGTH: tuple[Decision, ...] = ("allow", "advise", "rewrite", "review", "block")
+
+LEAST_DEVIATION = 0.02  # of a severity, in `Policy.margin`: below, deviations say nothing more
+
+OnError = Literal["closed", "open"]
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Per category, in the taxonomy's order: from which severity on it is flagged, and what follows."""
+    """What is flagged, and what follows; categories, thresholds and actions in the taxonomy's order.
+
+    thresholds  severity from which on a category is flagged  [C]
+    actions     what a flagged category asks for
+    unrepaired  the decision where a prompt should be rewritten and no rewrite is acceptable
+    on_error    the refiner fails: "closed" decides as for `unrepaired`, "open" allows the prompt
+    max_steps   rewrites that are tried, each with the critique of what is left
+    """
 
     categories: tuple[str, ...]
     thresholds: FloatArray
     actions: tuple[Decision, ...]
+    unrepaired: Literal["block", "review"] = "block"
+    on_error: OnError = "closed"
+    max_steps: int = 3
+
+    def __post_init__(self) -> None:
+        if self.max_steps < 1:
+            raise InvalidOption(f"max_steps must be at least 1, not {self.max_steps}")
 
     def flagged(self, severity: FloatArray) -> tuple[str, ...]:
         """Categories at or above their threshold, the most severe first  [C]"""
@@ -37,32 +56,89 @@ class Policy:
         actions = [self.actions[self.categories.index(name)] for name in flagged]
         return max(actions, key=STRENGTH.index, default="allow")
 
+    def margin(self, labels: Labels) -> float:
+        """How far the labels are from the other decision, in standard deviations: the largest
+        (severity - threshold) / deviation over the categories. Near 0 the decision is open."""
+        distance = (labels.severity - self.thresholds) / np.maximum(
+            labels.deviation, LEAST_DEVIATION
+        )
+        return float(distance.max())
 
-def policy(bundle: Bundle, thresholds: Mapping[str, float] | float | None = None) -> Policy:
-    """The bundle's policy, with other thresholds for some categories ("*": all others), or one for all.
 
-    Raises InvalidOption for a category that the bundle does not know or a threshold outside 0..1.
+def policy(
+    bundle: Bundle,
+    thresholds: Mapping[str, float] | float | None = None,
+    rules: Mapping[str, Any] | None = None,
+) -> Policy:
+    """The bundle's policy with changes.
+
+    thresholds  by category ("*": all that are not named), or one for all
+    rules       the contents of a policy file: `thresholds`, `actions` by category, `unrepaired`,
+                `on_error`, `max_steps`; `thresholds` above count before these
+
+    Raises InvalidOption for a category that the bundle does not know, or a value out of its range.
     """
+    rules = dict(rules or {})
     names = tuple(category.name for category in bundle.categories)
     chosen = {name: bundle.calibration[name].threshold for name in names}
-    if thresholds is None:
-        thresholds = {}
-    elif not isinstance(thresholds, Mapping):
-        thresholds = {ALL: thresholds}
-    changes = dict.fromkeys(names, thresholds[ALL]) if ALL in thresholds else {}
-    changes |= {name: value for name, value in thresholds.items() if name != ALL}
-    for name, value in changes.items():
-        if name not in chosen:
-            close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-            hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(names)}"
-            raise InvalidOption(f"the bundle has no category {name!r}; {hint}")
-        if not 0 < value <= 1:
-            raise InvalidOption(
-                f"the threshold of {name} must be above 0 and at most 1, not {value}"
-            )
-        chosen[name] = float(value)
+    for change in (rules.pop("thresholds", None), thresholds):
+        chosen |= _thresholds(change, names)
+    actions = {category.name: category.action for category in bundle.categories}
+    actions |= _actions(rules.pop("actions", {}), names)
+    for key, allowed in (("unrepaired", ("block", "review")), ("on_error", ("closed", "open"))):
+        if key in rules and rules[key] not in allowed:
+            raise InvalidOption(f"{key} must be {' or '.join(allowed)}, not {rules[key]!r}")
+    steps = rules.get("max_steps", 1)
+    if isinstance(steps, bool) or not isinstance(steps, int):
+        raise InvalidOption(f"max_steps must be a whole number, not {steps!r}")
+    if odd := sorted(set(rules) - {"unrepaired", "on_error", "max_steps"}):
+        raise InvalidOption(
+            f"a policy has no {', '.join(odd)}; it has thresholds, actions, unrepaired, on_error "
+            "and max_steps"
+        )
     return Policy(
         names,
         np.array([chosen[name] for name in names]),
-        tuple(category.action for category in bundle.categories),
+        tuple(actions[name] for name in names),
+        **rules,
     )
+
+
+def _thresholds(
+    change: Mapping[str, float] | float | None, names: Sequence[str]
+) -> dict[str, float]:
+    if change is None:
+        return {}
+    if not isinstance(change, Mapping):
+        change = {ALL: change}
+    changes = dict.fromkeys(names, change[ALL]) if ALL in change else {}
+    changes |= {name: value for name, value in change.items() if name != ALL}
+    for name, value in changes.items():
+        _check_name(name, names)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+            raise InvalidOption(
+                f"the threshold of {name} must be above 0 and at most 1, not {value}"
+            )
+    return {name: float(value) for name, value in changes.items()}
+
+
+def _actions(change: Mapping[str, Decision], names: Sequence[str]) -> dict[str, Decision]:
+    if not isinstance(change, Mapping):
+        raise InvalidOption(f"actions must map categories to actions, not be {change!r}")
+    changes = dict.fromkeys(names, change[ALL]) if ALL in change else {}
+    changes |= {name: action for name, action in change.items() if name != ALL}
+    for name, action in changes.items():
+        _check_name(name, names)
+        if action not in STRENGTH:
+            raise InvalidOption(
+                f"the action of {name} must be one of {', '.join(STRENGTH)}, not {action!r}"
+            )
+    return changes
+
+
+def _check_name(name: str, names: Sequence[str]) -> None:
+    if name in names:
+        return
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(names)}"
+    raise InvalidOption(f"the bundle has no category {name!r}; {hint}")

@@ -9,22 +9,38 @@ import time
 from typing import Any, Literal, TextIO
 
 from lance_edge.inputs import Item
-from lance_edge.verdict import Verdict
+from lance_edge.verdict import Edit, Verdict
 
 OutputFormat = Literal["table", "json", "jsonl"]
 
 EXCERPT = 60  # characters of a prompt in a table row
-COLOURS = {"allow": "32", "rewrite": "33", "review": "35", "block": "31", "error": "31"}
+COLOURS = {
+    "allow": "32",
+    "advise": "36",
+    "rewrite": "33",
+    "review": "35",
+    "block": "31",
+    "error": "31",
+    "insert": "32",
+    "delete": "31;9",
+}
+# Without colours, edits are marked as `git diff --word-diff` marks them.
+MARKS = {"keep": ("", ""), "insert": ("{+", "+}"), "delete": ("[-", "-]")}
+INDENT = " " * 9
 
 
 class Report:
     """Writes one record per prompt, in the order they are given.
 
     with_prompt  put the prompt's text into JSON records too; the table always shows an excerpt
+    explain      put the gradients into the table; JSON records always have them
     """
 
-    def __init__(self, out: TextIO, output_format: OutputFormat, with_prompt: bool) -> None:
+    def __init__(
+        self, out: TextIO, output_format: OutputFormat, with_prompt: bool, explain: bool = False
+    ) -> None:
         self._out = out
+        self._explain = explain
         self._format = output_format
         self._with_prompt = with_prompt
         self._colour = out.isatty() and "NO_COLOR" not in os.environ
@@ -72,8 +88,26 @@ class Report:
         place = "" if item.source is None else f"{printable(item.place)}  "
         self._out.write(f"{place}{decision}  {scores}  {printable(excerpt)}\n")
         if verdict.spans:
-            self._out.write(f"         words: {printable(_words(item.text or '', verdict))}\n")
+            self._line(f"words: {_words(item.text or '', verdict)}")
+        if verdict.reason is not None:
+            self._line(f"because {verdict.reason}")
+        if self._explain or verdict.reason is not None:
+            for gradient in verdict.gradients:
+                self._line(f"- {gradient.text}")
+        if verdict.refined is not None:
+            self._line(f"rewrite: {verdict.refined}")
+            self._out.write(f"{INDENT}changes: {''.join(map(self._edit, verdict.diff))}\n")
         self._written += 1
+
+    def _line(self, text: str) -> None:
+        self._out.write(f"{INDENT}{printable(' '.join(text.split()))}\n")
+
+    def _edit(self, edit: Edit) -> str:
+        text = printable(" ".join(edit.text.split("\n")))
+        if self._colour and edit.kind != "keep":
+            return self._paint(text, edit.kind)
+        before, after = MARKS[edit.kind]
+        return f"{before}{text}{after}"
 
     def _paint(self, text: str, name: str) -> str:
         return f"\x1b[{COLOURS[name]}m{text}\x1b[0m" if self._colour else text
@@ -99,6 +133,30 @@ class Progress:
 
     def clear(self) -> None:
         if self._enabled:
+            self._err.write("\r\x1b[K")
+            self._err.flush()
+
+
+class Steps:
+    """A line on standard error that says what a long command is doing."""
+
+    def __init__(self, err: TextIO, enabled: bool) -> None:
+        self._err, self._enabled, self._live = err, enabled, err.isatty()
+        self._shown = ""
+
+    def update(self, what: str, share: float) -> None:
+        if not self._enabled:
+            return
+        if not self._live and what == self._shown:
+            return
+        start, end = ("\r", "\x1b[K") if self._live else ("", "\n")
+        bar = f" {share:4.0%}" if self._live else ""
+        self._err.write(f"{start}{what}{bar}{end}")
+        self._err.flush()
+        self._shown = what
+
+    def close(self) -> None:
+        if self._enabled and self._live and self._shown:
             self._err.write("\r\x1b[K")
             self._err.flush()
 

@@ -10,7 +10,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -140,6 +140,24 @@ class Screener:
         )
 
 
+def both_looks(first: Labels, mean: FloatArray, deviation: FloatArray, share: float) -> Labels:
+    """The first look's labels with the second look's latent severities mixed in.
+
+    mean, deviation  calibrated  [C]
+    share            of the second look in the mix, 0..1
+    """
+    spread = spread_of(deviation)
+    mixed = (1 - share) * logit(first.severity) + share * mean / spread
+    severity = sigmoid(mixed)
+    second = np.sqrt(severity * (1 - severity) * (1 - 1 / spread))
+    return replace(
+        first,
+        severity=severity,
+        deviation=(1 - share) * first.deviation + share * second,
+        distribution=distribution(severity),
+    )
+
+
 def runs(lengths: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
     """How windows of these lengths share runs: (padded length, indices), long ones first."""
     by_length: dict[int, list[int]] = defaultdict(list)
@@ -165,6 +183,13 @@ def pad(windows: Sequence[Window], length: int) -> dict[str, IntArray]:
 def sigmoid(logit: FloatArray) -> FloatArray:
     """1 / (1 + exp(-logit)), without overflow."""
     result: FloatArray = 0.5 * (1 + np.tanh(0.5 * logit))
+    return result
+
+
+def logit(severity: FloatArray) -> FloatArray:
+    """log(s / (1 - s)), with severities kept a little away from 0 and 1."""
+    kept = np.clip(severity, 1e-6, 1 - 1e-6)
+    result: FloatArray = np.log(kept / (1 - kept))
     return result
 
 

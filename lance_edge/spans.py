@@ -83,6 +83,23 @@ def join(words: Sequence[Word]) -> list[tuple[int, int, float]]:
     return spans
 
 
+def snap(text: str, start: int, end: int) -> tuple[int, int]:
+    """The range widened to whole words, without the punctuation around them.
+
+    The encoder's words end at apostrophes and hyphens; a person's do not.
+    """
+    while start > 0 and not text[start - 1].isspace():
+        start -= 1
+    while end < len(text) and not text[end].isspace():
+        end += 1
+    inner_start, inner_end = start, end
+    while inner_start < inner_end and not text[inner_start].isalnum():
+        inner_start += 1
+    while inner_end > inner_start and not text[inner_end - 1].isalnum():
+        inner_end -= 1
+    return (inner_start, inner_end) if inner_start < inner_end else (start, end)
+
+
 def merge(spans: Sequence[Span]) -> tuple[Span, ...]:
     """Overlapping spans of one category, from neighbouring windows, become one; ordered by start."""
     merged: list[Span] = []

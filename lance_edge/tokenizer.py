@@ -75,7 +75,7 @@ def check_text(text: str) -> None:
         raise InvalidPrompt(f"a prompt must be a str, not {type(text).__name__}")
     if not text or text.isspace():
         raise InvalidPrompt("the prompt is empty; there is nothing to screen")
-    if not any(unicodedata.category(character)[0] in VISIBLE for character in text):
+    if not readable(text):
         raise InvalidPrompt(
             "the prompt holds only invisible characters; there is nothing to screen"
         )
@@ -86,6 +86,11 @@ def check_text(text: str) -> None:
             f"the prompt has a lone surrogate at position {surrogate.start()}, so it is not valid "
             "Unicode; decode its bytes with the right encoding"
         )
+
+
+def readable(text: str) -> bool:
+    """Whether a text has at least one letter, number, punctuation mark or symbol."""
+    return any(unicodedata.category(character)[0] in VISIBLE for character in text)
 
 
 def _window(encoding: Encoding) -> Window:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any, Literal
 
-Decision = Literal["allow", "rewrite", "review", "block"]
+Decision = Literal["allow", "advise", "rewrite", "review", "block"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,54 @@ class Span:
 
 
 @dataclass(frozen=True)
+class Gradient:
+    """One category's textual feedback.
+
+    elements   the words of the prompt that carry the hazard, as quoted in the text
+    direction  which way to change them
+    text       all of it in one line
+    """
+
+    category: str
+    severity: float
+    elements: tuple[str, ...]
+    direction: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A stretch of the word diff: `keep` and `delete` make the prompt, `keep` and `insert` the rewrite."""
+
+    kind: Literal["keep", "delete", "insert"]
+    text: str
+
+
+@dataclass(frozen=True)
+class RefineStep:
+    """One rewrite and what came of it.
+
+    critique      what the refiner was told
+    text          what it wrote
+    flagged       categories of the rewrite at or above their threshold
+    problem       why it was not accepted; None if it was
+    tokens        of the rewrite
+    decode_steps  graph runs that wrote it
+    drafted       tokens proposed by copying from the prompt
+    accepted      of those, the ones the model agreed with
+    """
+
+    critique: str
+    text: str
+    flagged: tuple[str, ...]
+    problem: str | None
+    tokens: int
+    decode_steps: int
+    drafted: int
+    accepted: int
+
+
+@dataclass(frozen=True)
 class Timings:
     """Where the time went, in milliseconds.
 
@@ -31,18 +79,27 @@ class Timings:
 
     encode_ms: float
     score_ms: float
+    look_ms: float = 0.0
+    refine_ms: float = 0.0
 
 
 @dataclass(frozen=True)
 class Verdict:
     """The decision on one prompt.
 
-    decision      what to do with the prompt: allow, rewrite, review or block
+    decision      what to do with the prompt: allow, advise, rewrite, review or block
     flagged       categories at or above their threshold, the strongest first
     severity      category -> 0..1, the calibrated mean under the model's p(z | x)
     deviation     category -> standard deviation of that severity
     distribution  `none` and each category -> share; sums to 1
     spans         the words that carry the flagged categories' hazard, in order of appearance
+    gradients     per flagged category, what is hazardous and which way to change it
+    look          which look decided: 1 the screener alone, 2 the refiner's language model too
+    refined       the accepted rewrite; None if there is none, or none was asked for
+    critique      what the refiner was told first
+    steps         the rewrites that were tried
+    diff          from the prompt to the accepted rewrite
+    reason        why a prompt that should be rewritten was not; None otherwise
     tokens        tokens read, windows' overlaps counted once per window
     windows       stretches the prompt was read in
     bundle        SHA-256 of the bundle's manifest
@@ -61,19 +118,22 @@ class Verdict:
     bundle: str
     device: str
     timings: Timings
+    gradients: tuple[Gradient, ...] = ()
+    look: Literal[1, 2] = 1
+    refined: str | None = None
+    critique: str | None = None
+    steps: tuple[RefineStep, ...] = ()
+    diff: tuple[Edit, ...] = ()
+    reason: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The verdict in plain JSON types, as `verdict.schema.json` describes it."""
-        return {
-            "decision": self.decision,
-            "flagged": list(self.flagged),
-            "severity": dict(self.severity),
-            "deviation": dict(self.deviation),
-            "distribution": dict(self.distribution),
-            "spans": [vars(span).copy() for span in self.spans],
-            "tokens": self.tokens,
-            "windows": self.windows,
-            "bundle": self.bundle,
-            "device": self.device,
-            "timings": vars(self.timings).copy(),
-        }
+        return {name: _plain(value) for name, value in vars(self).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return dict(value)
+    return {k: _plain(v) for k, v in vars(value).items()} if is_dataclass(value) else value

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 
 from lance_edge_engines.session import (
+    Array,
     DeviceUnavailable,
     FakeSession,
+    FakeState,
     Session,
     SessionError,
+    State,
     TensorSpec,
 )
 
@@ -17,14 +20,16 @@ __all__ = [
     "BACKENDS",
     "DeviceUnavailable",
     "FakeSession",
+    "FakeState",
     "Session",
     "SessionError",
+    "State",
     "TensorSpec",
     "available_devices",
     "open_session",
 ]
 
-# device -> "module:opener". An opener takes (graph: bytes, threads: int | None).
+# device -> "module:opener". An opener takes (graph, threads, weights) as `open_session` has them.
 BACKENDS = {
     "cpu": "lance_edge_engines.ort:open_cpu",
     "cuda": "lance_edge_engines.ort:open_cuda",
@@ -34,20 +39,29 @@ BACKENDS = {
 PREFERENCE = ("cuda", "cpu")
 
 
-def open_session(graph: bytes, device: str = "auto", threads: int | None = None) -> Session:
+Weights = Mapping[str, Array]
+
+
+def open_session(
+    graph: bytes,
+    device: str = "auto",
+    threads: int | None = None,
+    weights: Weights | None = None,
+) -> Session:
     """Load a serialized ONNX graph on a device: a key of BACKENDS, or "auto" for the best there is.
 
     threads  CPU threads for one run; None for one per physical core
+    weights  the graph's external data by tensor name; the arrays must live as long as the session
 
     Raises DeviceUnavailable if the device, or the package that drives it, is not there, and
     SessionError if the graph cannot be loaded. Only "auto" goes on to another device.
     """
     if device != "auto":
-        return _opener(device)(graph, threads)
+        return _opener(device)(graph, threads, weights)
     refusals = []
     for name in PREFERENCE:
         try:
-            return _opener(name)(graph, threads)
+            return _opener(name)(graph, threads, weights)
         except DeviceUnavailable as refusal:
             refusals.append(f"{name}: {refusal}")
     raise DeviceUnavailable("no device can run the graph; " + "; ".join(refusals))
@@ -60,11 +74,14 @@ def available_devices() -> dict[str, str | None]:
     }
 
 
-def _opener(device: str) -> Callable[[bytes, int | None], Session]:
+Opener = Callable[[bytes, "int | None", "Weights | None"], Session]
+
+
+def _opener(device: str) -> Opener:
     if device not in BACKENDS:
         raise DeviceUnavailable(
             f"there is no device {device!r}; choose from auto, {', '.join(BACKENDS)}"
         )
     module, function = BACKENDS[device].split(":")
-    opener: Callable[[bytes, int | None], Session] = getattr(import_module(module), function)
+    opener: Opener = getattr(import_module(module), function)
     return opener

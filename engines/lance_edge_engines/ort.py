@@ -8,7 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from lance_edge_engines.session import Array, DeviceUnavailable, Session, SessionError, TensorSpec
+from lance_edge_engines.session import (
+    PAST,
+    PRESENT,
+    Array,
+    DeviceUnavailable,
+    Session,
+    SessionError,
+    State,
+    TensorSpec,
+)
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -23,14 +32,18 @@ _DTYPES = {
 }
 
 
-def open_cpu(graph: bytes, threads: int | None = None) -> Session:
+def open_cpu(
+    graph: bytes, threads: int | None = None, weights: Mapping[str, Array] | None = None
+) -> Session:
     """A session on the CPU."""
-    return _open(graph, "cpu", threads)
+    return _open(graph, "cpu", threads, weights)
 
 
-def open_cuda(graph: bytes, threads: int | None = None) -> Session:
+def open_cuda(
+    graph: bytes, threads: int | None = None, weights: Mapping[str, Array] | None = None
+) -> Session:
     """A session on the first NVIDIA GPU."""
-    return _open(graph, "cuda", threads)
+    return _open(graph, "cuda", threads, weights)
 
 
 def why_not(device: str) -> str | None:
@@ -48,30 +61,78 @@ def why_not(device: str) -> str | None:
     )
 
 
+class OrtState:
+    """Arrays on the session's device; made by `OrtSession.allocate`."""
+
+    def __init__(self, specs: Sequence[TensorSpec], capacity: int, device: str) -> None:
+        runtime = _import()
+        self.values = {}
+        for spec in specs:
+            shape = [
+                1 if axis == 0 else length or capacity for axis, length in enumerate(spec.shape)
+            ]
+            zeros = np.zeros(shape, spec.dtype)
+            self.values[spec.name] = runtime.OrtValue.ortvalue_from_numpy(zeros, device)
+
+    def load(self, values: Mapping[str, Array]) -> None:
+        for name, value in values.items():
+            held = self.values[PAST + name]
+            array = held.numpy()
+            array[tuple(slice(length) for length in value.shape)] = value
+            held.update_inplace(array)
+
+    def read(self, name: str) -> Array:
+        array: Array = self.values[PAST + name].numpy()
+        return array.copy()
+
+
 class OrtSession:
     """A graph held by ONNX Runtime; opened by `open_cpu` and `open_cuda`."""
 
-    def __init__(self, session: Any, device: str) -> None:
+    def __init__(self, session: Any, device: str, weights: Sequence[Any] = ()) -> None:
         self._session = session
+        self._weights = weights  # ONNX Runtime reads them in place
         self.device = device
         self.inputs: Sequence[TensorSpec] = [_spec(value) for value in session.get_inputs()]
         self.outputs: Sequence[TensorSpec] = [_spec(value) for value in session.get_outputs()]
-        self._names = [spec.name for spec in self.outputs]
+        self._names = [spec.name for spec in self.outputs if not spec.name.startswith(PRESENT)]
 
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def allocate(self, capacity: int) -> OrtState:
+        kept = [spec for spec in self.inputs if spec.name.startswith(PAST)]
+        return OrtState(kept, capacity, self.device)
+
+    def run(self, inputs: Mapping[str, Array], state: State | None = None) -> dict[str, Array]:
         if self._session is None:
             raise SessionError("the session is closed")
         try:
-            values = self._session.run(self._names, dict(inputs))
+            if isinstance(state, OrtState):
+                values = self._run_bound(inputs, state)
+            else:
+                values = self._session.run(self._names, dict(inputs))
         except Exception as error:  # ONNX Runtime's errors share no base class below Exception
             raise SessionError(f"the graph failed on {self.device}: {error}") from error
         return dict(zip(self._names, values, strict=True))
 
     def close(self) -> None:
         self._session = None
+        self._weights = ()
+
+    def _run_bound(self, inputs: Mapping[str, Array], state: OrtState) -> list[Array]:
+        binding = self._session.io_binding()
+        for name, value in inputs.items():
+            binding.bind_cpu_input(name, value)
+        for name in self._names:
+            binding.bind_output(name)
+        for name, value in state.values.items():
+            binding.bind_ortvalue_input(name, value)
+            binding.bind_ortvalue_output(PRESENT + name.removeprefix(PAST), value)
+        self._session.run_with_iobinding(binding)
+        return [value.numpy() for value in binding.get_outputs()[: len(self._names)]]
 
 
-def _open(graph: bytes, device: str, threads: int | None) -> OrtSession:
+def _open(
+    graph: bytes, device: str, threads: int | None, weights: Mapping[str, Array] | None
+) -> OrtSession:
     if reason := why_not(device):
         raise DeviceUnavailable(reason)
     runtime = _import()
@@ -79,7 +140,10 @@ def _open(graph: bytes, device: str, threads: int | None) -> OrtSession:
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0
     options.enable_mem_pattern = False  # lengths vary; patterns only cost memory
+    held = [runtime.OrtValue.ortvalue_from_numpy(array) for array in (weights or {}).values()]
     try:
+        if weights:
+            options.add_external_initializers(list(weights), held)
         session = runtime.InferenceSession(graph, options, providers=[PROVIDERS[device]])
     except Exception as error:  # as in OrtSession.run
         raise SessionError(
@@ -88,7 +152,7 @@ def _open(graph: bytes, device: str, threads: int | None) -> OrtSession:
     # ONNX Runtime drops a provider that fails to start and goes on with the CPU.
     if session.get_providers()[0] != PROVIDERS[device]:
         raise DeviceUnavailable(f"ONNX Runtime could not start {PROVIDERS[device]} on this machine")
-    return OrtSession(session, device)
+    return OrtSession(session, device, held)
 
 
 def _import() -> ModuleType:

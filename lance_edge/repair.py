@@ -1,0 +1,155 @@
+"""From a flagged prompt to an accepted rewrite, or to the reason why there is none.
+
+What is acceptable is decided by pure functions over texts; the loop only calls them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from lance_edge.refiner import Rewrite
+from lance_edge.tokenizer import readable
+from lance_edge.verdict import Edit, Gradient, RefineStep
+
+FEWEST_WORDS = 6  # outside the hazard, from which on it is asked whether they were kept
+LONGEST_REPEAT = 4  # words in a phrase that may not stand three times
+
+_WORD = re.compile(r"\w+(?:['\u2019-]\w+)*")
+_PIECE = re.compile(r"\s+|\w+(?:['\u2019-]\w+)*|[^\w\s]")
+
+
+@dataclass(frozen=True)
+class Repair:
+    """The accepted rewrite with the steps that led to it, or the reason why there is none."""
+
+    refined: str | None
+    steps: tuple[RefineStep, ...]
+    reason: str | None
+
+
+def repair(
+    prompt: str,
+    found: tuple[Gradient, ...],
+    *,
+    compose: Callable[[Sequence[Gradient]], str],
+    rewrite: Callable[[str], Rewrite],
+    judge: Callable[[str], tuple[Gradient, ...]],
+    is_control: Callable[[str], bool],
+    least_kept: float,
+    max_steps: int,
+) -> Repair:
+    """Rewrite, read the rewrite as any prompt is read, accept it or go on with what is left.
+
+    compose  gradients -> critique
+    rewrite  critique -> a rewrite of the prompt, or of the last text that was judged
+    judge    text -> gradients of what is flagged in it
+    """
+    steps: list[RefineStep] = []
+    left = found
+    while True:
+        told = compose(left)
+        made = rewrite(told)
+        wrong = problem(prompt, made.text, made.ended, found, is_control, least_kept)
+        left = judge(made.text) if wrong is None else ()
+        if left:
+            wrong = f"it is still flagged for {', '.join(item.category for item in left)}"
+        steps.append(
+            RefineStep(
+                critique=told,
+                text=made.text,
+                flagged=tuple(item.category for item in left),
+                problem=wrong,
+                tokens=len(made.ids),
+                decode_steps=made.steps,
+                drafted=made.drafted,
+                accepted=made.accepted,
+            )
+        )
+        if wrong is None:
+            return Repair(made.text, tuple(steps), None)
+        if not left or len(steps) == max_steps:
+            return Repair(None, tuple(steps), f"the rewrite was not accepted: {wrong}")
+
+
+def problem(
+    prompt: str,
+    rewrite: str,
+    ended: bool,
+    gradients: Sequence[Gradient],
+    is_control: Callable[[str], bool],
+    least_kept: float,
+) -> str | None:
+    """Why a text cannot stand for the prompt, whatever the screener says of it; None if it can.
+
+    ended       whether the rewrite came to an end by itself
+    is_control  whether a text spells out a token of the prompt template
+    least_kept  share of the words outside the gradients' elements that it must keep, in order
+    """
+    if not readable(rewrite):
+        return "it is empty"
+    if not ended:
+        return "it is too long"
+    if is_control(rewrite):
+        return "it carries tokens of the prompt template"
+    if phrase := repeated(rewrite, prompt):
+        return f"it repeats {phrase!r}"
+    if rewrite.strip() == prompt.strip():
+        return "it changes nothing"
+    outside = words_outside(prompt, [word for item in gradients for word in item.elements])
+    if len(outside) >= FEWEST_WORDS and kept_in_order(outside, words(rewrite)) < least_kept:
+        return "it loses harmless parts of the prompt"
+    return None
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, without case."""
+    return [match.group().casefold() for match in _WORD.finditer(text)]
+
+
+def words_outside(prompt: str, elements: Sequence[str]) -> list[str]:
+    """The prompt's words that are in none of the quoted elements."""
+    hazard = {word for element in elements for word in words(element)}
+    return [word for word in words(prompt) if word not in hazard]
+
+
+def kept_in_order(wanted: Sequence[str], found: Sequence[str]) -> float:
+    """Share of the wanted words that the found ones hold in the same order; 1 if none is wanted."""
+    if not wanted:
+        return 1.0
+    matcher = difflib.SequenceMatcher(None, wanted, found, autojunk=False)
+    return sum(block.size for block in matcher.get_matching_blocks()) / len(wanted)
+
+
+def repeated(rewrite: str, prompt: str) -> str | None:
+    """A phrase that stands three times in the rewrite and not so often in the prompt."""
+    phrases, allowed = _phrases(rewrite), _phrases(prompt)
+    found = (phrase for phrase, count in phrases.items() if count >= 3 and count > allowed[phrase])
+    return next(found, None)
+
+
+def diff(prompt: str, rewrite: str) -> tuple[Edit, ...]:
+    """The word diff; kept and deleted stretches make the prompt, kept and inserted the rewrite."""
+    before, after = _PIECE.findall(prompt), _PIECE.findall(rewrite)
+    edits: list[Edit] = []
+    matcher = difflib.SequenceMatcher(None, before, after, autojunk=False)
+    for _, a, b, c, d in matcher.get_opcodes():
+        if before[a:b] == after[c:d]:
+            edits.append(Edit("keep", "".join(before[a:b])))
+            continue
+        if a < b:
+            edits.append(Edit("delete", "".join(before[a:b])))
+        if c < d:
+            edits.append(Edit("insert", "".join(after[c:d])))
+    return tuple(edits)
+
+
+def _phrases(text: str) -> Counter[str]:
+    found = words(text)
+    return Counter(
+        " ".join(found[start : start + LONGEST_REPEAT])
+        for start in range(len(found) - LONGEST_REPEAT + 1)
+    )

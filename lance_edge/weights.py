@@ -1,0 +1,204 @@
+"""The refiner's weights: how they lie in one file, and how they are made from base and delta.
+
+Everything here is exact, so that every machine makes the same bytes and one hash can vouch for
+them: products of int8 factors stay below 2^24, where float32 holds every integer and the order
+of summation does not matter; all else is element by element.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from lance_edge.gguf import Float32Array
+from lance_edge.llama import LINEARS, GgufLlama, LlamaShape
+
+Array = npt.NDArray[Any]
+Precision = Literal["fp32", "int8"]
+
+ALIGNMENT = 64  # bytes
+# Weights and activations are both -LEVELS..LEVELS: AVX2 adds pairs of u8 x s8 products in 16 bits,
+# and 2 * 180 * 90 just fits. Halving one side for a full 8 bits of the other would lose more.
+LEVELS = 90
+
+# Products that read the same input are one: name -> its parts, side by side.
+PACKED = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+NORM_BEFORE = {"qkv": "input_layernorm", "gate_up": "post_attention_layernorm"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one array lies in the weights file; offset in bytes."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def bytes(self) -> int:
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+
+def layout(shape: LlamaShape, categories: int, precision: Precision) -> list[Entry]:
+    """The arrays of a weights file in order; matrices are [in, out]."""
+    entries: list[Entry] = []
+    end = 0
+
+    def add(name: str, dtype: str, *sizes: int) -> None:
+        nonlocal end
+        entry = Entry(name, np.dtype(dtype), sizes, -(-end // ALIGNMENT) * ALIGNMENT)
+        entries.append(entry)
+        end = entry.offset + entry.bytes
+
+    def add_matrix(name: str, rows: int, columns: int) -> None:
+        add(name, "f4" if precision == "fp32" else "i1", rows, columns)
+        if precision == "int8":
+            add(f"{name}.scale", "f4", columns)
+
+    add_matrix("embedding", shape.hidden, shape.vocabulary)
+    add("enter", "f4", shape.hidden, shape.hidden)
+    for layer in range(shape.layers):
+        for packed, (rows, columns) in matrix_sizes(shape).items():
+            add_matrix(f"{layer}.{packed}", rows, columns)
+    add("leave", "f4", shape.hidden, shape.hidden)
+    for name in ("look.mean", "look.deviation"):
+        add(name, "f4", shape.hidden, categories)
+        add(f"{name}.bias", "f4", categories)
+    return entries
+
+
+def matrix_sizes(shape: LlamaShape) -> dict[str, tuple[int, int]]:
+    """(in, out) of each packed product of a layer."""
+    kv = shape.kv_heads * shape.head_size
+    return {
+        "qkv": (shape.hidden, shape.heads * shape.head_size + 2 * kv),
+        "o": (shape.heads * shape.head_size, shape.hidden),
+        "gate_up": (shape.hidden, 2 * shape.intermediate),
+        "down": (shape.intermediate, shape.hidden),
+    }
+
+
+def total_bytes(entries: list[Entry]) -> int:
+    """The size of a weights file."""
+    return entries[-1].offset + entries[-1].bytes
+
+
+def make_weights(
+    base: GgufLlama, delta: Mapping[str, Array], precision: Precision
+) -> Iterator[tuple[str, Array]]:
+    """The arrays of a weights file in the layout's order, made one by one.
+
+    The residual stream and the attention's values are rotated (Ashkboos et al., "QuaRot", NeurIPS
+    2024): the network computes the same, but no channel stands out, so int8 loses less. What the
+    norms scale by is folded into the products that follow them.
+
+    delta  per changed layer "{layer}.{name}.a" int8 [rank, in] with ".a_scale" [in], ".b" int8
+           [out, rank] with ".b_scale" [out]; "look.*"; and "embedding.balance" [hidden]: the
+           embedding is multiplied by it and what it meets divided, so that both quantise well
+    """
+    shape = base.shape
+    balance: Float32Array = delta.get("embedding.balance", np.ones(shape.hidden, np.float32))
+    identity: Float32Array = np.eye(shape.hidden, dtype=np.float32)
+    yield from _matrix("embedding", base.embedding().T * balance[:, None], precision)
+    yield "enter", rotate(np.divide(identity, balance[:, None], dtype=np.float32), 1)
+    for layer in range(shape.layers):
+        parts = {
+            name: merge(base.linear(layer, name), delta, f"{layer}.{name}").T for name in LINEARS
+        }
+        for name, norm in NORM_BEFORE.items():
+            scale = base.norm(layer, norm)[:, None]
+            for part in PACKED[name]:
+                parts[part] = rotate(parts[part] * scale, 0)
+        value, out = parts["self_attn.v_proj"], parts["self_attn.o_proj"]
+        parts["self_attn.v_proj"] = rotate_blocks(value, shape.head_size, 1)
+        parts["self_attn.o_proj"] = rotate(rotate_blocks(out, shape.head_size, 0), 1)
+        # The graph rotates the input of this one as it runs: the gate stands before it.
+        down = rotate_blocks(parts["mlp.down_proj"], gate_block(shape), 0)
+        parts["mlp.down_proj"] = rotate(down, 1)
+        for packed, names in PACKED.items():
+            matrix = np.concatenate([parts[name] for name in names], 1)
+            yield from _matrix(f"{layer}.{packed}", matrix, precision)
+    yield "leave", rotate(np.multiply(identity, base.final_norm() / balance, dtype=np.float32), 0)
+    for name in ("look.mean", "look.deviation"):
+        yield name, delta[name] * balance[:, None]
+        yield f"{name}.bias", delta[f"{name}.bias"]
+
+
+def rotate(matrix: Float32Array, axis: int) -> Float32Array:
+    """The matrix times an orthogonal, symmetric one along an axis: a Hadamard matrix within
+    blocks of a power of two, and a reflection across the blocks if there are several."""
+    length = matrix.shape[axis]
+    block = length & -length
+    moved = np.moveaxis(matrix, axis, -1)
+    blocks = hadamard(moved.reshape(*moved.shape[:-1], length // block, block))
+    if length > block:
+        total = blocks[..., 0, :]
+        for index in range(1, length // block):
+            total = total + blocks[..., index, :]
+        blocks = blocks - np.float32(2 * block / length) * total[..., None, :]
+    return np.ascontiguousarray(np.moveaxis(blocks.reshape(moved.shape), -1, axis))
+
+
+def rotate_blocks(matrix: Float32Array, block: int, axis: int) -> Float32Array:
+    """Each block of so many neighbours along an axis times a Hadamard matrix."""
+    moved = np.moveaxis(matrix, axis, -1)
+    blocks = hadamard(moved.reshape(*moved.shape[:-1], -1, block))
+    return np.ascontiguousarray(np.moveaxis(blocks.reshape(moved.shape), -1, axis))
+
+
+def gate_block(shape: LlamaShape) -> int:
+    """In blocks of how many the gated activations are rotated."""
+    return math.gcd(shape.intermediate, 128)
+
+
+def hadamard(x: Float32Array) -> Float32Array:
+    """The normalised Walsh-Hadamard transform of the last axis, a power of two long.
+
+    Sums in a fixed order, so that the result is the same on every machine.
+    """
+    length = x.shape[-1]
+    step = 1
+    while step < length:
+        pairs = x.reshape(*x.shape[:-1], length // (2 * step), 2, step)
+        low, high = pairs[..., 0, :], pairs[..., 1, :]
+        x = np.stack([low + high, low - high], -2).reshape(x.shape)
+        step *= 2
+    result: Float32Array = x * np.float32(1 / math.sqrt(length))
+    return result
+
+
+def merge(weight: Float32Array, delta: Mapping[str, Array], name: str) -> Float32Array:
+    """The weight with its low-rank delta, if it has one  [out, in]"""
+    if f"{name}.a" not in delta:
+        return weight
+    product = delta[f"{name}.b"].astype(np.float32) @ delta[f"{name}.a"].astype(np.float32)
+    scaled = product * delta[f"{name}.b_scale"][:, None] * delta[f"{name}.a_scale"]
+    merged: Float32Array = weight + scaled
+    return merged
+
+
+def quantise(matrix: Float32Array) -> tuple[npt.NDArray[np.int8], Float32Array]:
+    """A matrix [in, out] as int8 with one scale a column; symmetric, rounded to nearest."""
+    scale = np.abs(matrix).max(0) / np.float32(LEVELS)
+    scale = np.where(scale > 0, scale, np.float32(1))
+    return np.rint(matrix / scale).astype(np.int8), scale
+
+
+def _matrix(name: str, matrix: Float32Array, precision: Precision) -> Iterator[tuple[str, Array]]:
+    if precision == "fp32":
+        yield name, np.ascontiguousarray(matrix)
+        return
+    quantised, scale = quantise(matrix)
+    yield name, np.ascontiguousarray(quantised)
+    yield f"{name}.scale", scale
