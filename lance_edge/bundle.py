@@ -125,9 +125,9 @@ class Templates:
             raise BundleError(
                 f"gradients.json has a template that cannot be filled ({error})"
             ) from error
-        if not floors or min(floors) > 0 or self.tokens < 16:
+        if not floors or min(floors) > 0 or not 64 <= self.tokens <= 256:
             raise BundleError(
-                "gradients.json needs a strength from 0.0 on and a budget of 16 tokens or more"
+                "gradients.json needs a strength from 0.0 on and a budget of 64 to 256 tokens"
             )
 
     def strength(self, severity: float) -> str:
@@ -201,7 +201,8 @@ class RefinerSpec:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise BundleError(f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
-        if not 0 < 3 * self.prompt_tokens <= self.context:
+        # The prompt, a rewrite half as long again, the critique and the template.
+        if not 0 < 5 * self.prompt_tokens // 2 + 400 <= self.context:
             raise BundleError(
                 f"a context of {self.context} tokens has no room for prompts of "
                 f"{self.prompt_tokens}, their critique and their rewrite"

@@ -243,9 +243,14 @@ def info(
 ) -> int:
     """Show the bundle, its taxonomy and thresholds, and this machine's devices."""
     from lance_edge.bundle import default_bundle, open_bundle
+    from lance_edge.pull import weights_path
 
     opened = open_bundle(default_bundle() if bundle is None else bundle)
     manifest, devices = opened.manifest, available_devices()
+    weights = manifest.refiner and weights_path(opened, manifest.refiner)
+    refiner = "none in this bundle"
+    if weights is not None:
+        refiner = str(weights) if weights.is_file() else "not here yet; run `lance-edge pull`"
     if output_format == "json":
         values = {
             "version": __version__,
@@ -257,6 +262,7 @@ def info(
             "sha256": opened.sha256,
             "precision": manifest.screener.precision,
             "window": manifest.screener.window,
+            "refiner": refiner,
             "categories": [
                 {**vars(category), "threshold": opened.calibration[category.name].threshold}
                 for category in opened.categories
@@ -272,6 +278,7 @@ def info(
         f"bundle      {manifest.name} {manifest.version}, {manifest.screener.precision}, {opened.path}"
     )
     typer.echo(f"sha256      {opened.sha256}")
+    typer.echo(f"refiner     {refiner}")
     typer.echo(
         f"windows     {manifest.screener.window} tokens, {manifest.screener.overlap} shared by neighbours\n"
     )
@@ -295,11 +302,16 @@ def info(
 @exits
 def verify(bundle: BundleOption = None, device: DeviceOption = "auto") -> int:
     """Check the bundle's hashes, and that it computes here what it computed when exported."""
+    from lance_edge.pull import open_weights, weights_path
     from lance_edge.verify import check_goldens
 
-    with load(bundle, device) as pipeline:
+    with load(bundle, device, looks="1") as pipeline:
         names = pipeline.bundle.verify()
         typer.echo(f"hashes   {len(names)} files agree with the manifest")
+        spec = pipeline.bundle.manifest.refiner
+        if spec is not None and weights_path(pipeline.bundle, spec).is_file():
+            open_weights(pipeline.bundle, spec)
+            typer.echo("refiner  its weights agree with the manifest")
         check = check_goldens(pipeline)
         typer.echo(
             f"goldens  {check.prompts} prompts on {pipeline.device}: severities differ by at most "

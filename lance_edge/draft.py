@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 
 LONGEST = 16  # tokens in a draft; a longer one costs more than it saves when it fails
-FIRST = 8  # tokens in the first draft, and after an alignment that has held for a while
-UNSURE = 3  # tokens in a draft after an alignment by few tokens
+FIRST = 4  # tokens in the first draft, and after an alignment beyond doubt
+UNSURE = 2  # tokens in a draft after an alignment by few tokens
 EVIDENCE = 3  # tokens that align source and output beyond doubt
 REACH = 48  # how far ahead of the last aligned token the source may be taken up again, in tokens
 

@@ -55,30 +55,41 @@ def gradient(
 
     direction  in place of the template's
     """
-    template = templates.categories[category]
-    direction = template.direction if direction is None else direction
+    if direction is None:
+        direction = templates.categories[category].direction
     quoted = {word for item in before for word in item.elements}
-    fresh = ", ".join(f'"{word}"' for word in words if word not in quoted)
-    line = templates.line.format(
-        topic=template.topic,
+    fresh = [word for word in words if word not in quoted]
+    text = line(category, severity, fresh, direction, templates)
+    return Gradient(category, severity, tuple(words), direction, text)
+
+
+def line(
+    category: str, severity: float, words: Sequence[str], direction: str, templates: Templates
+) -> str:
+    """A gradient in one line."""
+    quoted = ", ".join(f'"{word}"' for word in words)
+    return templates.line.format(
+        topic=templates.categories[category].topic,
         strength=templates.strength(severity),
-        elements=templates.elements.format(quoted=fresh) if fresh else "",
+        elements=templates.elements.format(quoted=quoted) if words else "",
         direction=direction,
     )
-    return Gradient(category, severity, tuple(words), direction, line)
 
 
-def critique(found: Sequence[Gradient], count: Callable[[str], int], tokens: int) -> str:
-    """The gradients' lines, strongest first, as many as fit the budget; the first always.
+def critique(found: Sequence[Gradient], count: Callable[[str], int], templates: Templates) -> str:
+    """The gradients' lines, strongest first, as many as fit the templates' budget of tokens.
 
-    count   how many tokens the refiner reads a text as
-    tokens  the budget; a first line that alone is longer loses its quoted words' tail
+    A line that does not fit alone goes without its quoted words.
+
+    count  how many tokens the refiner reads a text as
     """
     text = ""
     for item in found:
         longer = f"{text}\n{item.text}" if text else item.text
-        if text and count(longer) > tokens:
-            break
+        if count(longer) > templates.tokens:
+            if text:
+                break
+            longer = line(item.category, item.severity, (), item.direction, templates)
         text = longer
     return text
 

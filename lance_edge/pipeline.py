@@ -188,7 +188,11 @@ class Pipeline:
         look = self.second_look
         if look is None or self.looks == "1":
             return judged
-        is_open = look.low <= self.policy.margin(judged.labels) <= look.high
+        is_open = (
+            look.low
+            <= self.policy.margin(judged.labels.severity, judged.labels.deviation)
+            <= look.high
+        )
         if not (is_open or self.looks == "2") or not self.refiner.fits(judged.prompt.text):
             return judged
         reading = self.refiner.read(judged.prompt.text)
@@ -202,7 +206,7 @@ class Pipeline:
             return self._rewritten(judged, verdict, refiner)
         except SessionError as error:
             verdict = self._verdict(judged)
-            decision = self.policy.unrepaired if self.policy.on_error == "closed" else "allow"
+            decision = self.policy.decide_without(verdict.decision)
             return replace(verdict, decision=decision, reason=f"the refiner failed: {error}")
 
     def _rewritten(self, judged: Judged, verdict: Verdict, refiner: Refiner) -> Verdict:
@@ -226,12 +230,12 @@ class Pipeline:
             return self._verdict(current).gradients
 
         started = time.perf_counter()
-        assert self.templates is not None  # `open_bundle` sees to it where there is a refiner
-        tokens = self.templates.tokens
+        templates = self.templates
+        assert templates is not None  # `open_bundle` sees to it where there is a refiner
         done = repair(
             prompt,
             verdict.gradients,
-            compose=lambda found: critique(found, refiner.tokenizer.count, tokens),
+            compose=lambda found: critique(found, refiner.tokenizer.count, templates),
             rewrite=rewrite,
             judge=judge,
             is_control=refiner.tokenizer.has_control,

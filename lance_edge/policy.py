@@ -11,7 +11,7 @@ import numpy as np
 
 from lance_edge.bundle import Bundle
 from lance_edge.errors import InvalidOption
-from lance_edge.screener import FloatArray, Labels
+from lance_edge.screener import FloatArray
 from lance_edge.verdict import Decision
 
 ALL = "*"  # in thresholds: every category that is not named
@@ -31,7 +31,7 @@ class Policy:
     thresholds  severity from which on a category is flagged  [C]
     actions     what a flagged category asks for
     unrepaired  the decision where a prompt should be rewritten and no rewrite is acceptable
-    on_error    the refiner fails: "closed" decides as for `unrepaired`, "open" allows the prompt
+    on_error    the refiner fails: "closed" decides as for `unrepaired` at least, "open" allows what was to be rewritten
     max_steps   rewrites that are tried, each with the critique of what is left
     """
 
@@ -56,12 +56,16 @@ class Policy:
         actions = [self.actions[self.categories.index(name)] for name in flagged]
         return max(actions, key=STRENGTH.index, default="allow")
 
-    def margin(self, labels: Labels) -> float:
-        """How far the labels are from the other decision, in standard deviations: the largest
-        (severity - threshold) / deviation over the categories. Near 0 the decision is open."""
-        distance = (labels.severity - self.thresholds) / np.maximum(
-            labels.deviation, LEAST_DEVIATION
-        )
+    def decide_without(self, decision: Decision) -> Decision:
+        """What becomes of a decision when the refiner fails: `on_error` says."""
+        if self.on_error == "open":
+            return "allow" if decision == "rewrite" else decision
+        return max(decision, self.unrepaired, key=STRENGTH.index)
+
+    def margin(self, severity: FloatArray, deviation: FloatArray) -> float:
+        """How far a prompt is from the other decision, in standard deviations: the largest
+        (severity - threshold) / deviation over the categories  [C]. Near 0 the decision is open."""
+        distance = (severity - self.thresholds) / np.maximum(deviation, LEAST_DEVIATION)
         return float(distance.max())
 
 

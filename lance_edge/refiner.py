@@ -15,11 +15,13 @@ import numpy as np
 
 from lance_edge.bundle import Calibration
 from lance_edge.decoder import Cache, Decoder
-from lance_edge.draft import Alignment, accepted, advance, propose
+from lance_edge.draft import LONGEST, Alignment, accepted, advance, propose
 from lance_edge.language import LanguageTokenizer
 from lance_edge.screener import FloatArray
+from lance_edge_engines import SessionError
 
 GROWTH, SLACK = 1.5, 32  # a rewrite may have GROWTH x the prompt's tokens + SLACK
+CRITIQUE_TOKENS = 256  # room for a critique
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,8 @@ class Refiner:
         self.tokenizer = tokenizer
         self.prompt_tokens = prompt_tokens
         self.least_kept = least_kept
-        self._slope = np.array([item.slope for item in calibration])
-        self._intercept = np.array([item.intercept for item in calibration])
+        self.slope = np.array([item.slope for item in calibration])
+        self.intercept = np.array([item.intercept for item in calibration])
 
     def fits(self, text: str) -> bool:
         """Whether a prompt is short enough to be read."""
@@ -88,14 +90,18 @@ class Refiner:
         prompt = self.tokenizer.encode(text)
         assert len(prompt) <= self.prompt_tokens
         ids = self.tokenizer.before_critique(prompt)[len(self.tokenizer.prefix) :]
-        cache = self.decoder.start(self.decoder.context // 3 + 2 * longest_rewrite(len(prompt)))
+        opening = len(self.tokenizer.after_prompt(""))
+        writing = longest_rewrite(len(prompt)) + LONGEST
+        cache = self.decoder.start(len(ids) + CRITIQUE_TOKENS + opening + writing)
         step = self.decoder.step(cache, ids, first=len(ids) - 1)
+        if not (np.isfinite(step.mean).all() and np.isfinite(step.deviation).all()):
+            raise SessionError("the refiner's graph gave values that are not numbers")
         return Reading(
             tuple(prompt),
             cache,
             cache.length,
-            self._slope * step.mean + self._intercept,
-            self._slope * step.deviation,
+            self.slope * step.mean + self.intercept,
+            self.slope * step.deviation,
             (time.perf_counter() - started) * 1000,
         )
 
@@ -103,10 +109,14 @@ class Refiner:
         """Rewrite the prompt that was read along a critique.
 
         speculative  draft by copying; without it the same tokens are written one by one
+
+        Raises ValueError if the critique is longer than CRITIQUE_TOKENS.
         """
         started = time.perf_counter()
         reading.cache.rollback(reading.length)
         opening = self.tokenizer.after_prompt(critique)
+        if len(opening) - len(self.tokenizer.after_prompt("")) > CRITIQUE_TOKENS:
+            raise ValueError(f"the critique has more than {CRITIQUE_TOKENS} tokens")
         source = (*reading.prompt, self.tokenizer.end)
         ids, counts = generate(
             self.decoder,

@@ -222,7 +222,7 @@ def test_unknown_keys_are_refused(
     folder: Path, change: Callable[[dict[str, Any]], None], keys: str
 ) -> None:
     edit_manifest(folder, change)
-    assert refusal(folder).endswith(f"manifest.json has keys this version does not know: {keys}")
+    assert refusal(folder).endswith(f" has keys this version does not know: {keys}")
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def test_file_entries_are_checked(folder: Path, entry: object) -> None:
         manifest["files"]["goldens.json"] = entry
 
     edit_manifest(folder, change)
-    assert "manifest.json: FileEntry" in refusal(folder)
+    assert "files.goldens.json: FileEntry" in refusal(folder)
 
 
 # Taxonomy and calibration
@@ -351,7 +351,10 @@ def test_each_category_is_named_once(
     ("change", "message"),
     [
         ({"name": "none"}, "a category may not be called `none`"),
-        ({"action": "shrug"}, "action must be one of allow, rewrite, review, block, not 'shrug'"),
+        (
+            {"action": "shrug"},
+            "action must be one of allow, advise, rewrite, review, block, not 'shrug'",
+        ),
         ({"action": ["block"]}, "action must be one of"),
         ({"colour": "red"}, "taxonomy.json has keys this version does not know: colour"),
         ({"name": 5}, "taxonomy.json"),

@@ -92,7 +92,7 @@ class Composer:
             "graded": self._graded,
             "own": self._own,
         }[kind](record)
-        return critique(found, self.tokenizer.count, self.templates.tokens)
+        return critique(found, self.tokenizer.count, self.templates)
 
     def _predicted(self, record: Record) -> Sequence[Gradient]:
         labels = record.labels

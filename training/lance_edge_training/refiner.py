@@ -54,6 +54,7 @@ class RefinerSettings:
     scale: float = 2.0
     first_layer: int = 10  # the blocks below stay as they are: a sixth less work a step
     epochs: int = 2
+    steps: int | None = None  # stop, with the rate at zero, after so many; None for all epochs
     prompt_share: float = 0.2  # of the rows that only teach the second look, in each epoch
     tokens_per_batch: int = 1024
     longest: int = 480  # tokens; longer sequences are left out
@@ -101,7 +102,8 @@ class RefinerTrainer:
         self.enhancer = Enhancer(hidden, len(corpus.categories)).to(device)
         self.corpus, self.settings, self.device = corpus, settings, device
         self.weights = replace(Weights(), span=0.0)  # one state is read: there is no pooling
-        self.steps = sum(len(corpus.batches(epoch)) for epoch in range(settings.epochs))
+        dealt = sum(len(corpus.batches(epoch)) for epoch in range(settings.epochs))
+        self.steps = min(dealt, settings.steps or dealt)
         self.step = 0
         self.deltas = [p for p in refiner.network.parameters() if p.requires_grad]
         self.heads = [*refiner.head.parameters(), *self.enhancer.parameters()]
@@ -123,7 +125,7 @@ class RefinerTrainer:
         for epoch in range(self.settings.epochs):
             for rows in self.corpus.batches(epoch):
                 position += 1
-                if position <= self.step:
+                if position <= self.step or self.step >= self.steps:
                     continue
                 rng = random.Random(f"{self.settings.seed}-{position}")
                 terms = self.train_step(self.corpus.collate(rows, rng).to(self.device))
@@ -234,6 +236,7 @@ def main(
         Path | None, typer.Option(help="Bundle whose first look and gradients it learns from.")
     ] = None,
     epochs: Annotated[int, typer.Option(min=1)] = RefinerSettings.epochs,
+    steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many steps.")] = None,
     prompt_share: Annotated[float, typer.Option()] = RefinerSettings.prompt_share,
     seed: Annotated[int, typer.Option()] = RefinerSettings.seed,
     device: Annotated[str, typer.Option(help="cpu, or cuda:0")] = "cpu",
@@ -241,7 +244,7 @@ def main(
     rows: Annotated[int | None, typer.Option(min=1, help="Use this many pairs only.")] = None,
 ) -> None:
     """Train the refiner with its second look, and save it as a checkpoint for the export."""
-    settings = RefinerSettings(epochs=epochs, prompt_share=prompt_share, seed=seed)
+    settings = RefinerSettings(epochs=epochs, steps=steps, prompt_share=prompt_share, seed=seed)
     torch.manual_seed(seed)
     serialized = base_tokenizer(base).to_str()
     tokenizer = LanguageTokenizer(serialized.encode(), TEMPLATE)

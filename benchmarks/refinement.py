@@ -1,0 +1,206 @@
+"""How well the bundle repairs prompts: `python benchmarks/refinement.py --data DIR`.
+
+On the held-out refinement records, through the runtime, as a user gets it. Writes
+benchmarks/results/refinement.json and docs/examples.md.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from environment import environment, save
+from sacrebleu.metrics import CHRF
+from tqdm import tqdm
+
+import lance_edge
+from lance_edge.repair import kept_in_order, words
+from lance_edge.verdict import Verdict
+from lance_edge_training.data import read_rows
+
+EXAMPLES = Path(__file__).parent.parent / "docs" / "examples.md"
+
+REFUSAL = re.compile(
+    r"\b(I (can(no|')t|am unable|won't)|I'm (sorry|unable)|as an AI|cannot (fulfil|assist|help))",
+    re.IGNORECASE,
+)
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="Folder with pairs/.")],
+    bundle: Annotated[Path | None, typer.Option()] = None,
+    looks: Annotated[str, typer.Option(help="1, 2 or auto")] = "auto",
+    rows: Annotated[int | None, typer.Option(help="Only so many records.")] = None,
+    name: Annotated[str, typer.Option(help="Name of the result file.")] = "refinement",
+) -> None:
+    """Measure and write benchmarks/results/NAME.json."""
+    records = list(read_rows(data / "pairs" / "test.jsonl"))[:rows]
+    with lance_edge.load(bundle, "cpu", looks=looks) as guard:  # type: ignore[arg-type]
+        verdicts = [guard.refine(record["prompt"]) for record in tqdm(records, mininterval=10)]
+        blank = without_critique(guard, records, verdicts)
+        sha256 = guard.bundle.sha256
+    result = {
+        "benchmark": "refinement",
+        "bundle": sha256,
+        "looks": looks,
+        "records": len(records),
+        "rewrite": rewrites(list(zip(records, verdicts, strict=True))),
+        "keep": keeps(list(zip(records, verdicts, strict=True))),
+        "mixed": kept_words(list(zip(records, verdicts, strict=True))),
+        "similarity": {
+            "with critique": similarity(records, verdicts, lambda v: v.steps[0].text),
+            "without critique": blank,
+        },
+        "decoding": decoding(verdicts),
+        "environment": environment("onnxruntime", "tokenizers", "sacrebleu"),
+    }
+    for key in ("rewrite", "keep", "mixed", "similarity", "decoding"):
+        print(key, result[key], file=sys.stderr)
+    save(name, result)
+    if name == "refinement":
+        write_examples(records, verdicts)
+
+
+Pairs = list[tuple[dict[str, Any], Verdict]]
+
+
+def rewrites(pairs: Pairs) -> dict[str, Any]:
+    """Records that should be rewritten: what came of them."""
+    wanted = [(r, v) for r, v in pairs if r["action"] == "rewrite"]
+    accepted = [v for _, v in wanted if v.refined is not None]
+    reasons: dict[str, int] = {}
+    for _, verdict in wanted:
+        if verdict.reason is not None:
+            reason = re.sub(r"'.*'|for .*", "...", verdict.reason)
+            reasons[reason] = reasons.get(reason, 0) + 1
+    return {
+        "records": len(wanted),
+        "flagged": float(np.mean([bool(v.flagged) for _, v in wanted])),
+        "accepted": len(accepted) / len(wanted),
+        "accepted_within_two_steps": sum(len(v.steps) <= 2 for v in accepted) / len(wanted),
+        "accepted_of_flagged_rewrites": float(
+            np.mean([v.refined is not None for _, v in wanted if v.steps])
+        ),
+        "not_flagged": float(np.mean([not v.flagged for _, v in wanted])),
+        "blocked_by_category": float(
+            np.mean([v.decision == "block" and v.reason is None for _, v in wanted])
+        ),
+        "reasons": reasons,
+        "refusal_phrases": sum(bool(REFUSAL.search(v.refined or "")) for v in accepted),
+    }
+
+
+def keeps(pairs: Pairs) -> dict[str, float]:
+    """Records that should come back byte for byte."""
+    wanted = [v for r, v in pairs if r["action"] == "keep"]
+    return {
+        "records": len(wanted),
+        "identical": float(np.mean([v.decision == "allow" for v in wanted])),
+    }
+
+
+def kept_words(pairs: Pairs) -> dict[str, float]:
+    """On mixed records with an accepted rewrite: words outside the marked hazard kept in order."""
+    shares, reference = [], []
+    for record, verdict in pairs:
+        if record["kind"] != "mixed" or verdict.refined is None:
+            continue
+        outside = record["prompt"]
+        for span in record["spans"]:
+            outside = outside.replace(span, " ")
+        shares.append(kept_in_order(words(outside), words(verdict.refined)))
+        reference.append(kept_in_order(words(outside), words(record["refined"])))
+    return {
+        "records": len(shares),
+        "kept": float(np.mean(shares)),
+        "kept_by_the_reference": float(np.mean(reference)),
+    }
+
+
+def similarity(
+    records: list[dict[str, Any]], verdicts: list[Verdict], text: Any
+) -> dict[str, float]:
+    """chrF of first rewrites against the references, and of the prompts, for comparison."""
+    pairs = [(r, v) for r, v in zip(records, verdicts, strict=True) if v.steps]
+    return {
+        "records": len(pairs),
+        "chrf": float(np.mean([chrf(text(v), r["refined"]) for r, v in pairs])),
+        "chrf_of_the_prompt": float(np.mean([chrf(r["prompt"], r["refined"]) for r, v in pairs])),
+    }
+
+
+def without_critique(
+    guard: lance_edge.Pipeline, records: list[dict[str, Any]], verdicts: list[Verdict]
+) -> dict[str, float]:
+    """The same rewrites with an empty critique."""
+    scores = []
+    for record, verdict in tqdm(
+        [pair for pair in zip(records, verdicts, strict=True) if pair[1].steps], mininterval=10
+    ):
+        reading = guard.refiner.read(record["prompt"])
+        scores.append(chrf(guard.refiner.rewrite(reading, "").text, record["refined"]))
+        assert verdict.steps
+    return {"records": len(scores), "chrf": float(np.mean(scores))}
+
+
+def chrf(text: str, reference: str) -> float:
+    """Character n-gram F-score, 0..100 (Popovic, WMT 2015)."""
+    return float(CHRF().sentence_score(text, [reference]).score)
+
+
+def decoding(verdicts: list[Verdict]) -> dict[str, float]:
+    """What copying saved, over all rewrites."""
+    steps = [step for verdict in verdicts for step in verdict.steps]
+    times = [v.timings.refine_ms for v in verdicts if v.steps]
+    return {
+        "rewrites": len(steps),
+        "tokens_per_step": sum(s.tokens + 1 for s in steps) / sum(s.decode_steps for s in steps),
+        "accepted_of_drafted": sum(s.accepted for s in steps) / sum(s.drafted for s in steps),
+        "refine_ms_median": float(np.median(times)),
+        "refine_ms_p99": float(np.quantile(times, 0.99)),
+        "second_looks": float(np.mean([v.look == 2 for v in verdicts])),
+    }
+
+
+def write_examples(records: list[dict[str, Any]], verdicts: list[Verdict]) -> None:
+    """40 random records, unedited."""
+    chosen = random.Random(7).sample(range(len(records)), min(40, len(records)))
+    lines = [
+        "# Examples",
+        "",
+        "40 records drawn at random from the held-out refinement set, with what the default bundle",
+        "makes of them; nothing is edited or left out. Written by benchmarks/refinement.py.",
+        "Some prompts are offensive or ask for harmful things.",
+        "",
+    ]
+    for number, index in enumerate(chosen, 1):
+        record, verdict = records[index], verdicts[index]
+        lines += [
+            f"## {number}. {record['kind']}, {verdict.decision}",
+            "",
+            "- prompt: " + _quoted(record["prompt"]),
+            *(f"- gradient: {_quoted(item.text)}" for item in verdict.gradients),
+            *([f"- rewrite: {_quoted(verdict.refined)}"] if verdict.refined else []),
+            *([f"- reason: {verdict.reason}"] if verdict.reason else []),
+            *(
+                [f"- not accepted: {_quoted(verdict.steps[-1].text)}"]
+                if verdict.steps and not verdict.refined
+                else []
+            ),
+            "- reference: " + _quoted(record["refined"]),
+            "",
+        ]
+    EXAMPLES.write_text("\n".join(lines), encoding="utf-8")
+
+
+def _quoted(text: str) -> str:
+    return "`" + " ".join(text.replace("`", "'").split()) + "`"
+
+
+if __name__ == "__main__":
+    typer.run(main)

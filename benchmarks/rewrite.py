@@ -1,0 +1,260 @@
+"""Latency of one rewrite, against the same weights elsewhere: `python benchmarks/rewrite.py --help`.
+
+Prompt and critique in, rewrite out; greedy. The set: held-out records that the refiner rewrites
+with at least 80 % of the tokens copied, 30 to 60 tokens long, and records that it rewrites with
+little copied. A peer writes as many tokens as ours did, whichever it chooses. Contestants run in
+turn on each prompt, with a pause before each: idle thread pools spin for a while after a run.
+
+ours          lance_edge's refiner, copy-speculative, row-wise int8
+plain         the same without drafts
+transformers  `generate`, fp32
+optimum       ORTModelForCausalLM `generate`, fp32
+ctranslate2   Generator, int8
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from environment import environment, save
+
+import lance_edge
+from lance_edge.refiner import Refiner
+from lance_edge_training.data import read_rows
+from lance_edge_training.lowrank import low_rank_layers
+from lance_edge_training.refiner import load_refiner
+
+LENGTHS = range(30, 61)  # tokens of a rewrite in the copied set
+PAUSE_S = 0.15
+
+Write = Callable[[list[int], int], None]  # (prefix, prompt and critique as ids; tokens to write)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One rewrite: what is read and how many tokens are written, the ending one included."""
+
+    prompt: str
+    critique: str
+    tokens: int
+    copied: float
+
+
+def main(
+    checkpoint: Annotated[Path, typer.Option(help="Checkpoint of the bundle's refiner.")],
+    base: Annotated[Path, typer.Option(help="GGUF file of the base model.")],
+    data: Annotated[Path, typer.Option(help="Folder with pairs/.")],
+    bundle: Annotated[Path | None, typer.Option()] = None,
+    tasks: Annotated[int, typer.Option(min=3, help="Rewrites in each set.")] = 20,
+    repeats: Annotated[int, typer.Option(min=1)] = 3,
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+) -> None:
+    """Measure and write benchmarks/results/rewrite.json."""
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as folder:
+        merged = merge(checkpoint, base, Path(folder) / "merged")
+        peers: dict[str, Write] = {
+            "transformers": transformers_peer(merged),
+            "optimum": optimum_peer(merged),
+            "ctranslate2": ctranslate2_peer(merged, Path(folder) / "ct2", threads),
+        }
+        with lance_edge.load(bundle, "cpu", threads=threads) as guard:
+            found = find_tasks(guard, data, tasks)
+            result = {
+                "benchmark": "rewrite",
+                "bundle": guard.bundle.sha256,
+                "threads": threads,
+                "sets": {
+                    name: measure(guard.refiner, chosen, peers, repeats)
+                    for name, chosen in found.items()
+                },
+                "step_ms": step_times(guard.refiner),
+                "environment": environment(
+                    "onnxruntime", "torch", "transformers", "optimum-onnx", "ctranslate2"
+                ),
+            }
+    save("rewrite", result)
+
+
+def find_tasks(guard: lance_edge.Pipeline, data: Path, count: int) -> dict[str, list[Task]]:
+    """Rewrites of held-out records, by how much the refiner copies."""
+    sets: dict[str, list[Task]] = {"copied": [], "not_copied": []}
+    for row in read_rows(data / "pairs" / "test.jsonl"):
+        if row["action"] != "rewrite" or not guard.refiner.fits(row["prompt"]):
+            continue
+        critique = "\n".join(row["gradient"].values())
+        reading = guard.refiner.read(row["prompt"])
+        made = guard.refiner.rewrite(reading, critique)
+        tokens = len(made.ids) + 1
+        copied = made.accepted / tokens
+        task = Task(row["prompt"], critique, tokens, copied)
+        if tokens in LENGTHS and copied >= 0.7 and len(sets["copied"]) < count:
+            sets["copied"].append(task)
+        elif copied <= 0.2 and tokens >= 8 and len(sets["not_copied"]) < count:
+            sets["not_copied"].append(task)
+        if all(len(tasks) == count for tasks in sets.values()):
+            break
+    return sets
+
+
+def measure(
+    refiner: Refiner, tasks: list[Task], peers: dict[str, Write], repeats: int
+) -> dict[str, Any]:
+    """Milliseconds of each contestant on each task, as medians over the tasks, and ratios."""
+    times: dict[str, list[float]] = {}
+    runs = 0
+    for task in tasks:
+        made, contestants = contestants_of(refiner, task, peers)
+        runs += made
+        for name, run in contestants.items():
+            run()
+            taken = []
+            for _ in range(repeats):
+                time.sleep(PAUSE_S)
+                started = time.perf_counter()
+                run()
+                taken.append((time.perf_counter() - started) * 1000)
+            times.setdefault(name, []).append(float(np.median(taken)))
+    ours = np.array(times["ours"])
+    return {
+        "tasks": len(tasks),
+        "tokens_mean": float(np.mean([task.tokens for task in tasks])),
+        "drafted_and_accepted_share": float(np.mean([task.copied for task in tasks])),
+        "tokens_per_step": sum(task.tokens for task in tasks) / runs,
+        "contestants": {
+            name: {
+                "p50_ms": float(np.median(values)),
+                "p99_ms": float(np.percentile(values, 99)),
+                "ratio_to_ours": float(np.median(np.array(values) / ours)),
+            }
+            for name, values in times.items()
+        },
+    }
+
+
+def contestants_of(
+    refiner: Refiner, task: Task, peers: dict[str, Write]
+) -> tuple[int, dict[str, Callable[[], object]]]:
+    """Graph runs that our rewrite takes, and each contestant as a function without arguments."""
+    tokenizer = refiner.tokenizer
+    ids = tokenizer.before_critique(tokenizer.encode(task.prompt))
+    ids += tokenizer.after_prompt(task.critique)
+
+    def ours(speculative: bool) -> Callable[[], object]:
+        return lambda: refiner.rewrite(refiner.read(task.prompt), task.critique, speculative)
+
+    def theirs(write: Write) -> Callable[[], object]:
+        return lambda: write(ids, task.tokens)
+
+    made = refiner.rewrite(refiner.read(task.prompt), task.critique)
+    return made.steps, {
+        "ours": ours(True),
+        "plain": ours(False),
+        **{name: theirs(write) for name, write in peers.items()},
+    }
+
+
+def step_times(refiner: Refiner, runs: int = 30) -> dict[str, float]:
+    """Median milliseconds of one graph run by its number of rows, after 64 tokens."""
+    tokens = list(range(1000, 1000 + 64))
+    cache = refiner.decoder.start(256)
+    refiner.decoder.step(cache, tokens, first=63)
+    length = cache.length
+    medians = {}
+    for rows in (1, 2, 3, 5, 9, 17, 33):
+        taken = []
+        for _ in range(runs):
+            cache.rollback(length)
+            started = time.perf_counter()
+            refiner.decoder.step(cache, tokens[:rows])
+            taken.append((time.perf_counter() - started) * 1000)
+        medians[str(rows)] = float(np.median(taken))
+    return medians
+
+
+def merge(checkpoint: Path, base: Path, folder: Path) -> Path:
+    """The trained weights as one Hugging Face checkpoint."""
+    refiner, _ = load_refiner(checkpoint, base)
+    network: Any = refiner.network
+    for name, layer in low_rank_layers(network).items():
+        layer.linear.weight.data += layer.b.data @ layer.a.data
+        parent, _, child = name.rpartition(".")
+        setattr(network.get_submodule(parent), child, layer.linear)
+    network.save_pretrained(folder)
+    shutil.copyfile(checkpoint / "tokenizer.json", folder / "tokenizer.json")
+    special = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>"}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return folder
+
+
+def transformers_peer(folder: Path) -> Write:
+    """transformers, fp32, eager."""
+    from transformers import AutoModelForCausalLM
+
+    return _generating(AutoModelForCausalLM.from_pretrained(folder).eval())
+
+
+def optimum_peer(folder: Path) -> Write:
+    """optimum-onnx, exported here, fp32."""
+    from optimum.onnxruntime import ORTModelForCausalLM
+
+    return _generating(ORTModelForCausalLM.from_pretrained(folder, export=True))
+
+
+def ctranslate2_peer(folder: Path, out: Path, threads: int) -> Write:
+    """CTranslate2, converted here, int8."""
+    import ctranslate2
+
+    command = [str(Path(sys.executable).with_name("ct2-transformers-converter"))]
+    subprocess.run(
+        [*command, "--model", str(folder), "--output_dir", str(out), "--quantization", "int8"],
+        check=True,
+        capture_output=True,
+    )
+    generator = ctranslate2.Generator(str(out), device="cpu", intra_threads=threads)
+    tokens = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    by_id = {index: token for token, index in tokens.items()}
+
+    def write(ids: list[int], count: int) -> None:
+        generator.generate_batch(
+            [[by_id[index] for index in ids]],
+            min_length=count,
+            max_length=count,
+            sampling_topk=1,
+            include_prompt_in_result=False,
+        )
+
+    return write
+
+
+def _generating(model: Any) -> Write:
+    def write(ids: list[int], count: int) -> None:
+        inputs = torch.tensor([ids])
+        with torch.inference_mode():
+            model.generate(
+                inputs,
+                attention_mask=torch.ones_like(inputs),
+                min_new_tokens=count,
+                max_new_tokens=count,
+                do_sample=False,
+                pad_token_id=2,
+            )
+
+    return write
+
+
+if __name__ == "__main__":
+    typer.run(main)

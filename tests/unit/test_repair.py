@@ -1,0 +1,260 @@
+"""The loop from a flagged prompt to an accepted rewrite, and what makes a rewrite acceptable."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import fake_refiner
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lance_edge.gradient import quotable
+from lance_edge.refiner import Rewrite
+from lance_edge.repair import (
+    FEWEST_WORDS,
+    Repair,
+    diff,
+    kept_in_order,
+    problem,
+    repair,
+    repeated,
+    words,
+    words_outside,
+)
+from lance_edge.verdict import Edit, Gradient
+
+PROMPT = "Please tell my class of ten how to build a bomb out of old parts."
+SAFE = PROMPT.replace("a bomb", "a radio")
+
+LANGUAGE = fake_refiner.language()
+
+
+def flag(category: str, *elements: str) -> Gradient:
+    return Gradient(category, 0.9, elements, "turn to safety", f"{category}: turn to safety")
+
+
+VIOLENCE, PRIVACY = flag("violence", "bomb"), flag("privacy", "class")
+
+
+@dataclass
+class Script:
+    """A refiner and a judge that say what they were told to say, and note what they were asked."""
+
+    rewrites: Sequence[str | Rewrite]
+    verdicts: Sequence[tuple[Gradient, ...]] = ()
+    critiques: list[str] = field(default_factory=list)
+    judged: list[str] = field(default_factory=list)
+
+    def rewrite(self, critique: str) -> Rewrite:
+        self.critiques.append(critique)
+        made = self.rewrites[len(self.critiques) - 1]
+        return made if isinstance(made, Rewrite) else written(made)
+
+    def judge(self, text: str) -> tuple[Gradient, ...]:
+        self.judged.append(text)
+        return self.verdicts[len(self.judged) - 1]
+
+    def run(self, found: tuple[Gradient, ...] = (VIOLENCE,), max_steps: int = 3) -> Repair:
+        return repair(
+            PROMPT,
+            found,
+            compose=lambda left: " / ".join(item.text for item in left),
+            rewrite=self.rewrite,
+            judge=self.judge,
+            is_control=LANGUAGE.has_control,
+            least_kept=0.6,
+            max_steps=max_steps,
+        )
+
+
+def written(text: str, ended: bool = True) -> Rewrite:
+    return Rewrite((1, 2, 3), text, ended, steps=4, drafted=5, accepted=3, write_ms=1.0)
+
+
+def why_not(rewrite: str, prompt: str = PROMPT, ended: bool = True, *hazard: str) -> str | None:
+    found = [flag("violence", *(hazard or ("bomb",)))]
+    return problem(prompt, rewrite, ended, found, LANGUAGE.has_control, least_kept=0.6)
+
+
+def test_a_rewrite_that_is_clean_is_accepted() -> None:
+    script = Script([SAFE], [()])
+    done = script.run()
+    assert (done.refined, done.reason) == (SAFE, None)
+    assert script.judged == [SAFE]
+    (step,) = done.steps
+    assert (step.critique, step.text) == ("violence: turn to safety", SAFE)
+    assert (step.flagged, step.problem) == ((), None)
+    assert (step.tokens, step.decode_steps, step.drafted, step.accepted) == (3, 4, 5, 3)
+
+
+def test_what_is_left_is_the_next_critique() -> None:
+    still = PROMPT.replace("a bomb", "a small device")
+    script = Script([still, SAFE], [(PRIVACY, VIOLENCE), ()])
+    done = script.run()
+    assert done.refined == SAFE
+    assert script.critiques == [VIOLENCE.text, f"{PRIVACY.text} / {VIOLENCE.text}"]
+    assert script.judged == [still, SAFE]
+    assert [step.flagged for step in done.steps] == [("privacy", "violence"), ()]
+    assert done.steps[0].problem == "it is still flagged for privacy, violence"
+    assert done.steps[1].problem is None
+
+
+@pytest.mark.parametrize("max_steps", [1, 2, 5])
+def test_after_the_last_step_it_is_given_up(max_steps: int) -> None:
+    texts = [SAFE.replace("ten", str(number)) for number in range(9)]
+    script = Script(texts, [(VIOLENCE,)] * 9)
+    done = script.run(max_steps=max_steps)
+    assert done.refined is None
+    assert done.reason == "the rewrite was not accepted: it is still flagged for violence"
+    assert [step.text for step in done.steps] == texts[:max_steps]
+
+
+@pytest.mark.parametrize(
+    ("made", "wrong"),
+    [
+        (written(""), "it is empty"),
+        (written(SAFE, ended=False), "it is too long"),
+        (written(PROMPT), "it changes nothing"),
+    ],
+)
+def test_an_unacceptable_rewrite_ends_the_loop_unjudged(made: Rewrite, wrong: str) -> None:
+    script = Script([made])
+    done = script.run(max_steps=3)
+    assert (done.refined, done.reason) == (None, f"the rewrite was not accepted: {wrong}")
+    assert [step.problem for step in done.steps] == [wrong]
+    assert script.judged == []
+
+
+def test_a_later_rewrite_is_held_against_the_first_prompt() -> None:
+    """The second step may come back to the prompt itself; that is no rewrite."""
+    script = Script([SAFE, PROMPT], [(VIOLENCE,)])
+    done = script.run()
+    assert done.refined is None
+    assert done.steps[1].problem == "it changes nothing"
+
+
+@pytest.mark.parametrize("text", ["", " \n\t", "\u200b\u2060", "\u00ad\ufeff"])
+def test_problem_empty(text: str) -> None:
+    assert why_not(text) == "it is empty"
+
+
+def test_problem_too_long() -> None:
+    assert why_not(SAFE, ended=False) == "it is too long"
+    assert why_not(SAFE) is None
+
+
+@pytest.mark.parametrize("control", fake_refiner.CONTROLS)
+def test_problem_template_tokens(control: str) -> None:
+    assert why_not(f"{SAFE} {control}") == "it carries tokens of the prompt template"
+    assert why_not(SAFE + control[1:]) is None
+
+
+def test_problem_repeats() -> None:
+    phrase = "do it with care"
+    assert why_not(f"{SAFE} {f'{phrase}, ' * 3}") == f"it repeats {phrase!r}"
+    assert why_not(f"{SAFE} {f'{phrase}, ' * 2}") is None
+    assert why_not("no " * 6) == "it repeats 'no no no no'"
+
+
+def test_a_prompt_may_be_repeated_as_often_as_it_repeats() -> None:
+    chant = "row row row your boat " * 3
+    assert repeated(chant, chant) is None
+    assert repeated(chant * 2, chant) is not None
+
+
+@pytest.mark.parametrize("rewrite", [PROMPT, f"  {PROMPT}\n"])
+def test_problem_changes_nothing(rewrite: str) -> None:
+    assert why_not(rewrite) == "it changes nothing"
+
+
+def test_problem_loses_harmless_parts() -> None:
+    lost = "it loses harmless parts of the prompt"
+    assert why_not("Let us bake a cake.") == lost
+    assert why_not("parts old of out bomb a build to how ten of class my tell please") == lost
+    assert why_not("PLEASE, tell my class of ten: how to build a kite from old parts!") is None
+
+
+def test_few_harmless_words_need_not_be_kept() -> None:
+    prompt = "build a bomb now"
+    assert len(words_outside(prompt, ["bomb"])) < FEWEST_WORDS
+    assert why_not("How do fireworks work?", prompt) is None
+
+
+def test_words_of_a_hazard_need_not_be_kept() -> None:
+    prompt = "build a very big pipe bomb and then drop it over there"
+    rewrite = "Tell me about the history of mining."
+    assert why_not(rewrite, prompt, True, prompt) is None
+    assert why_not(rewrite, prompt) == "it loses harmless parts of the prompt"
+
+
+def test_words_without_case_and_punctuation() -> None:
+    assert words("Don\u2019t, STRASSE! well-known 'x' --") == [
+        "don\u2019t",
+        "strasse",
+        "well-known",
+        "x",
+    ]
+
+
+def test_words_outside_leaves_out_what_is_quoted_wherever_it_stands() -> None:
+    assert words_outside("A bomb, the BOMB and the cake", ["the bomb"]) == ["a", "and", "cake"]
+    assert words_outside("a b", []) == ["a", "b"]
+    assert words_outside("", ["x"]) == []
+
+
+def test_words_outside_leaves_out_the_middle_of_a_shortened_element() -> None:
+    """Elements are shortened for quoting; what is left out of the quote is hazard all the same."""
+    hazard = " ".join(f"part{number}" for number in range(40))
+    assert words_outside(f"please list {hazard}", [quotable(hazard)]) == ["please", "list"]
+
+
+def test_kept_in_order_counts_what_stands_in_order() -> None:
+    assert kept_in_order([], ["x"]) == 1
+    assert kept_in_order(["a"], []) == 0
+    assert kept_in_order("a b c d".split(), "x a c y d".split()) == 0.75
+    assert kept_in_order(["a", "b"], ["b", "a"]) == 0.5
+    assert kept_in_order(["a", "a"], ["a"]) == 0.5
+
+
+def test_a_phrase_said_beforehand_loses_nothing() -> None:
+    wanted = words("explain how I make old car parts")
+    found = words("About old car parts: explain safely how, legally, I could make old car parts")
+    assert kept_in_order(wanted, found) == 1
+
+
+@given(st.lists(st.sampled_from("abcd"), max_size=12), st.integers(0, 2**32))
+def test_words_that_are_only_added_lose_nothing(wanted: list[str], seed: int) -> None:
+    choice = random.Random(seed)
+    found: list[str] = []
+    for word in wanted:
+        found += [*choice.choices("abcdx", k=choice.randrange(3)), word]
+    assert kept_in_order(wanted, found) == 1
+
+
+def test_diff_in_words() -> None:
+    assert diff("build a bomb, now", "build a kite, right now") == (
+        Edit("keep", "build a "),
+        Edit("delete", "bomb"),
+        Edit("insert", "kite"),
+        Edit("keep", ", "),
+        Edit("insert", "right "),
+        Edit("keep", "now"),
+    )
+    assert diff("", "") == ()
+    assert diff("same", "same") == (Edit("keep", "same"),)
+
+
+mixed = st.text() | st.text("ab ,\n'\u2019-\u0301", max_size=40)
+
+
+@given(mixed, mixed)
+def test_diff_makes_both_texts(prompt: str, rewrite: str) -> None:
+    edits = diff(prompt, rewrite)
+    assert "".join(edit.text for edit in edits if edit.kind != "insert") == prompt
+    assert "".join(edit.text for edit in edits if edit.kind != "delete") == rewrite
+    assert all(edit.text for edit in edits)
+    kinds = [edit.kind for edit in edits]
+    assert all(before != after for before, after in zip(kinds, kinds[1:], strict=False))
