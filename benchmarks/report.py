@@ -144,6 +144,100 @@ def invariance() -> str:
     return table(("precision", "prompts", "largest change in a batch", "from 64 threads"), rows)
 
 
+def refinement() -> str:
+    """What became of the held-out refinement records."""
+    r = read("refinement")
+    rewrite, keep, mixed = r["rewrite"], r["keep"], r["mixed"]
+    similar, decoding = r["similarity"], r["decoding"]
+    rows = [
+        ("records to rewrite", rewrite["records"]),
+        ("of these, flagged", f"{rewrite['flagged']:.1%}"),
+        ("of these, accepted within two steps", f"{rewrite['accepted_within_two_steps']:.1%}"),
+        ("of these, accepted", f"{rewrite['accepted']:.1%}"),
+        (
+            "accepted, of those that were flagged for a rewrite",
+            f"{rewrite['accepted_of_flagged_rewrites']:.1%}",
+        ),
+        ("refusal phrases in accepted rewrites", rewrite["refusal_phrases"]),
+        (f"records to keep ({keep['records']}), byte-identical", f"{keep['identical']:.1%}"),
+        (
+            f"mixed records ({mixed['records']} accepted): words outside the hazard kept in order",
+            f"{mixed['kept']:.1%}",
+        ),
+        ("the same in the references", f"{mixed['kept_by_the_reference']:.1%}"),
+        ("chrF to the reference, with critique", f"{similar['with critique']['chrf']:.1f}"),
+        ("chrF without critique", f"{similar['without critique']['chrf']:.1f}"),
+        (
+            "chrF of the unchanged prompt",
+            f"{similar['with critique']['chrf_of_the_prompt']:.1f}",
+        ),
+        ("tokens per graph run", f"{decoding['tokens_per_step']:.2f}"),
+        ("drafted tokens that were accepted", f"{decoding['accepted_of_drafted']:.1%}"),
+    ]
+    return table(("figure", "value"), rows)
+
+
+def reasons() -> str:
+    """Why records were not rewritten."""
+    rows = sorted(read("refinement")["rewrite"]["reasons"].items(), key=lambda item: -item[1])
+    return table(("reason", "records"), rows)
+
+
+def cascade() -> str:
+    """First look, second look, cascade."""
+    looks = read("cascade")["looks"]
+    figures = [name for name in looks["first"] if name != "sets"]
+    rows: list[tuple[Any, ...]] = [
+        (figure.replace("_", " "), *(f"{values[figure]:.3f}" for values in looks.values()))
+        for figure in figures
+    ]
+    rows += [
+        (
+            f"flagged, {name}",
+            *(f"{values['sets'][name]['flagged']:.1%}" for values in looks.values()),
+        )
+        for name in looks["first"]["sets"]
+    ]
+    return table(("figure", *looks), rows)
+
+
+def read_twice() -> str:
+    """How much of each set gets the second look."""
+    rows = [(name, f"{share:.1%}") for name, share in read("cascade")["read_twice"].items()]
+    return table(("set", "read twice"), rows)
+
+
+def cascade_cost() -> str:
+    """What a verdict costs with second looks."""
+    cost = read("cascade")["cost_ms"]
+    header = ("plain prompts", "read twice", "mean ms", "median ms", "p99 ms")
+    figures = (f"{cost[key]:.1f}" for key in ("mean", "median", "p99"))
+    return table(header, [(cost["prompts"], f"{cost['read_twice']:.1%}", *figures)])
+
+
+def rewrite_latency() -> str:
+    """One rewrite, against the peers."""
+    rows = [
+        (
+            f"{name}: {values['tasks']} rewrites, {values['tokens_mean']:.0f} tokens, "
+            f"{values['tokens_per_step']:.1f} a run",
+            contestant,
+            f"{row['p50_ms']:.0f}",
+            f"{row['p99_ms']:.0f}",
+            f"{row['ratio_to_ours']:.2f}",
+        )
+        for name, values in read("rewrite")["sets"].items()
+        for contestant, row in values["contestants"].items()
+    ]
+    return table(("set", "", "p50 ms", "p99 ms", "times ours"), rows)
+
+
+def step_times() -> str:
+    """One graph run by its rows."""
+    values = read("rewrite")["step_ms"]
+    return table(("rows", *values), [("ms", *(f"{v:.1f}" for v in values.values()))])
+
+
 def latency() -> str:
     """One prompt, against the peers."""
     rows = [
@@ -199,6 +293,13 @@ TABLES: dict[str, Callable[[], str]] = {
         ablation,
         ablation_errors,
         int8,
+        refinement,
+        reasons,
+        cascade,
+        read_twice,
+        cascade_cost,
+        rewrite_latency,
+        step_times,
         invariance,
         latency,
         cold_start,

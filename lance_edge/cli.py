@@ -243,13 +243,13 @@ def info(
 ) -> int:
     """Show the bundle, its taxonomy and thresholds, and this machine's devices."""
     from lance_edge.bundle import default_bundle, open_bundle
-    from lance_edge.pull import weights_path
+    from lance_edge.cache import weights_path
 
     opened = open_bundle(default_bundle() if bundle is None else bundle)
     manifest, devices = opened.manifest, available_devices()
-    weights = manifest.refiner and weights_path(opened, manifest.refiner)
     refiner = "none in this bundle"
-    if weights is not None:
+    if manifest.refiner is not None:
+        weights = weights_path(opened, manifest.refiner)
         refiner = str(weights) if weights.is_file() else "not here yet; run `lance-edge pull`"
     if output_format == "json":
         values = {
@@ -302,7 +302,7 @@ def info(
 @exits
 def verify(bundle: BundleOption = None, device: DeviceOption = "auto") -> int:
     """Check the bundle's hashes, and that it computes here what it computed when exported."""
-    from lance_edge.pull import open_weights, weights_path
+    from lance_edge.cache import open_weights, weights_path
     from lance_edge.verify import check_goldens
 
     with load(bundle, device, looks="1") as pipeline:
@@ -381,7 +381,7 @@ def code_of(counts: Mapping[str, int]) -> int:
 def offer_pull(bundle: Path | None) -> None:
     """Ask a person at a terminal whether to make the refiner's weights, if they are missing."""
     from lance_edge.bundle import default_bundle, open_bundle
-    from lance_edge.pull import weights_path
+    from lance_edge.cache import weights_path
 
     opened = open_bundle(default_bundle() if bundle is None else bundle)
     spec = opened.manifest.refiner

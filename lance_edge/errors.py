@@ -52,10 +52,10 @@ class BundleFileMissing(BundleError, FileNotFoundError):
 class BundleCorrupt(BundleError):
     """A file's contents are not what the manifest says."""
 
-    def __init__(self, path: Path, detail: str) -> None:
-        super().__init__(
-            f"{path} {detail}; it was edited or cut short: copy or export the bundle again"
-        )
+    def __init__(
+        self, path: Path, detail: str, remedy: str = "copy or export the bundle again"
+    ) -> None:
+        super().__init__(f"{path} {detail}; it was edited or cut short: {remedy}")
 
 
 class RefinerMissing(LanceError, FileNotFoundError):

@@ -15,12 +15,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from lance_edge.bundle import Bundle, RefinerSpec, default_bundle, open_bundle
+from lance_edge.cache import open_weights, weights_path
 from lance_edge.decoder import Decoder
 from lance_edge.errors import BundleError, InvalidOption, InvalidPrompt
 from lance_edge.gradient import critique, gradients
 from lance_edge.language import LanguageTokenizer
 from lance_edge.policy import Policy, policy
-from lance_edge.pull import open_weights, weights_path
 from lance_edge.refiner import Reading, Refiner, Rewrite
 from lance_edge.repair import diff, repair
 from lance_edge.screener import FloatArray, Labels, Screener, both_looks

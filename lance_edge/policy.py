@@ -31,7 +31,8 @@ class Policy:
     thresholds  severity from which on a category is flagged  [C]
     actions     what a flagged category asks for
     unrepaired  the decision where a prompt should be rewritten and no rewrite is acceptable
-    on_error    the refiner fails: "closed" decides as for `unrepaired` at least, "open" allows what was to be rewritten
+    on_error    the refiner fails: "closed" decides as for `unrepaired` at least, "open" allows
+                what was to be rewritten
     max_steps   rewrites that are tried, each with the critique of what is left
     """
 

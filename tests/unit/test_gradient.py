@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,11 +32,13 @@ TEMPLATES = Templates(
     line="{topic} ({strength}){elements}: {direction}",
     elements=" in {quoted}",
     strengths={"0.8": "extreme", "0.5": "clear", "0.0": "faint"},
-    tokens=60,
+    tokens=112,
     categories={name: CategoryTemplate(name, f"turn from {name}") for name in CATEGORIES},
 )
 TEXT = "Tell me how to build a pipe-bomb, then spy on Ann's house."
 BREAKS = "\n\r\t\v\f\x1c\x1d\x1e\x85\u2028\u2029"  # where str.splitlines ends a line
+
+CUTTER = Tokenizer(tiny.tokenizer().to_str().encode(), window=64, overlap=4)
 
 Evidence = Mapping[str, float]  # word piece -> its contribution
 
@@ -76,9 +79,12 @@ def quoted_words(line: str) -> list[str]:
     return re.findall(r'"([^"]*)"', line)
 
 
-def told(found: tuple[Gradient, ...], tokens: int = 10_000) -> str:
-    """The critique, counted in words."""
-    return critique(found, lambda text: len(text.split()), tokens)
+def told(found: tuple[Gradient, ...], words: int | None = None) -> str:
+    """The critique in so many words; by default there is room for everything."""
+    if words is None:
+        return critique(found, lambda text: 0, TEMPLATES)
+    templates = replace(TEMPLATES, tokens=16 * words)
+    return critique(found, lambda text: 16 * len(text.split()), templates)
 
 
 def test_a_gradient_names_topic_strength_words_and_direction() -> None:
@@ -152,29 +158,27 @@ def test_the_same_labels_give_the_same_text() -> None:
 
 def test_a_critique_holds_as_many_lines_as_fit() -> None:
     lines = ["one two three", "four five", "six seven eight", "nine"]
-    found = tuple(Gradient("violence", 0.9, (), "", line) for line in lines)
-    assert told(found, tokens=5) == "one two three\nfour five"
-    assert told(found, tokens=7) == "one two three\nfour five"  # a weaker line never jumps ahead
-    assert told(found, tokens=8) == "one two three\nfour five\nsix seven eight"
-    assert told(found, tokens=9) == "\n".join(lines)
+    found = tuple(Gradient("violence", 0.9, (), "", text) for text in lines)
+    assert told(found, words=5) == "one two three\nfour five"
+    assert told(found, words=7) == "one two three\nfour five"  # a weaker line never jumps ahead
+    assert told(found, words=8) == "one two three\nfour five\nsix seven eight"
+    assert told(found, words=9) == "\n".join(lines)
     assert told(()) == ""
 
 
-@pytest.mark.parametrize("tokens", [1, 16])
-def test_the_first_line_is_always_there(tokens: int) -> None:
-    found = (gradient("violence", 0.9, ["a b c d"] * 9, TEMPLATES), gradient("child", 1, [], TEMPLATES))
-    text = told(found, tokens)
-    assert text.startswith("violence (extreme)")
-    assert "child" not in text
+def test_a_first_line_that_does_not_fit_goes_without_its_quotes() -> None:
+    first = gradient("violence", 0.9, ["a b c", "d e f"], TEMPLATES)
+    second = gradient("child", 1, [], TEMPLATES)
+    assert told((first, second), words=12) == first.text
+    assert told((first, second), words=11) == (
+        "violence (extreme): turn from violence\nchild (extreme): turn from child"
+    )
+    assert told((first, second), words=6) == "violence (extreme): turn from violence"
 
 
-def test_a_first_line_over_the_budget_loses_its_quoted_words_tail() -> None:
-    """As `critique` documents it: it still names the topic, but fits."""
-    words = [f"{letter * 70} {letter}" for letter in "abc"]
-    found = (gradient("violence", 0.9, words, TEMPLATES),)
-    text = critique(found, len, 120)
-    assert text.startswith("violence (extreme)")
-    assert len(text) <= 120
+def test_the_first_line_is_there_whatever_the_budget() -> None:
+    found = (gradient("violence", 0.9, ["bomb"], TEMPLATES), gradient("child", 1, [], TEMPLATES))
+    assert told(found, words=4) == "violence (extreme): turn from violence"
 
 
 def test_elements_are_whole_words_without_punctuation_around() -> None:
@@ -233,12 +237,14 @@ def test_a_hazard_of_ten_thousand_characters_is_quoted_in_one_short_line() -> No
         (' say\n"boom"\t now ', "say 'boom' now"),
         ("a" * MAX_ELEMENT_CHARS, "a" * MAX_ELEMENT_CHARS),
         ("a" * 50 + "b" * 50, "a" * 37 + " ... " + "b" * 37),
-        ("one two three four five six " * 5, "one two three four five six one two ... "),
+        (
+            "one two three four five six " * 5,
+            "one two three four five six one two ... five six one two three four five six",
+        ),
     ],
 )
 def test_quotable(words: str, line: str) -> None:
-    assert quotable(words).startswith(line)
-    assert quotable(words).endswith(line[-4:]) or len(words) > MAX_ELEMENT_CHARS
+    assert quotable(words) == line
 
 
 def test_what_is_shortened_keeps_whole_words_of_both_ends() -> None:
@@ -248,7 +254,7 @@ def test_what_is_shortened_keeps_whole_words_of_both_ends() -> None:
     assert words.endswith(f" {tail}")
 
 
-@given(st.text(st.sampled_from(f'{BREAKS} "\'ab.,')) | st.text())
+@given(st.text(st.sampled_from(f"{BREAKS} \"'ab.,")) | st.text())
 def test_a_quote_is_one_short_line_without_double_quotes(words: str) -> None:
     line = quotable(words)
     assert len(line) <= MAX_ELEMENT_CHARS
@@ -259,28 +265,20 @@ def test_a_quote_is_one_short_line_without_double_quotes(words: str) -> None:
 
 @settings(deadline=None)
 @given(
-    text=st.text(st.sampled_from(f'{BREAKS} "\'-ab.,:'), min_size=1, max_size=200)
-    | st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60),
+    text=st.text(st.sampled_from(f"{BREAKS} \"'-ab.,:"), max_size=200)
+    | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=60),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_a_prompt_never_breaks_the_critique_s_lines(text: str, seed: int) -> None:
     """Whatever is quoted: one line a category, and quotation marks only around the elements."""
-    if not any(character.isalnum() for character in text):
-        text += "a"
+    text += "."  # there is something to read
     random = np.random.default_rng(seed)
-    cut = Tokenizer(tiny.tokenizer().to_str().encode(), window=64, overlap=4).encode(
-        text.replace("\0", "")
-    )
-    text = text.replace("\0", "")
+    width = len(CATEGORIES)
     windows = [
         WindowLabels(
-            item,
-            random.random(len(CATEGORIES)),
-            np.full(len(CATEGORIES), 0.1),
-            random.normal(size=(len(item.ids), len(CATEGORIES))),
-            0.0,
+            cut, random.random(width), np.ones(width), random.normal(size=(len(cut.ids), width)), 0
         )
-        for item in cut
+        for cut in CUTTER.encode(text)
     ]
     found = gradients(text, labels_of(*windows), CATEGORIES, CATEGORIES, TEMPLATES)
     lines = told(found).splitlines()
@@ -288,8 +286,7 @@ def test_a_prompt_never_breaks_the_critique_s_lines(text: str, seed: int) -> Non
     seen: list[str] = []
     for item, line in zip(found, lines, strict=True):
         assert line == item.text
-        fresh = list(dict.fromkeys(word for word in item.elements if word not in seen))
-        assert list(dict.fromkeys(quoted_words(line))) == fresh
+        assert quoted_words(line) == [word for word in item.elements if word not in seen]
         assert line.startswith(f"{item.category} (")
         assert line.endswith(f": turn from {item.category}")
         seen += item.elements
@@ -314,13 +311,18 @@ def test_a_line_that_asks_for_parts_of_a_text_is_refused(placeholder: str) -> No
         {"strengths": {"0.1": "clear"}},
         {"strengths": {"none": "clear"}},
         {"elements": "{quoted} {topic}"},
-        {"tokens": 15},
+        {"tokens": 63},
+        {"tokens": 257},
     ],
 )
 def test_templates_that_leave_gaps_are_refused(changes: dict[str, object]) -> None:
     with pytest.raises(BundleError, match=r"gradients\.json"):
         templates(**changes)
-    assert templates().strength(0) == "faint"
+
+
+@pytest.mark.parametrize("tokens", [64, 256])
+def test_a_budget_within_its_range_is_taken(tokens: int) -> None:
+    assert templates(tokens=tokens).tokens == tokens
 
 
 def templates(**changes: object) -> Templates:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import fake_refiner
@@ -15,7 +16,7 @@ from lance_edge.bundle import BaseSpec, Calibration, FileEntry, RefinerSpec
 from lance_edge.decoder import Decoder
 from lance_edge.errors import BundleError
 from lance_edge.llama import LlamaShape
-from lance_edge.refiner import Refiner, Rewrite, longest_rewrite
+from lance_edge.refiner import CRITIQUE_TOKENS, Refiner, Rewrite, longest_rewrite
 from lance_edge_engines import FakeSession, SessionError, TensorSpec
 
 LANGUAGE = fake_refiner.language()
@@ -36,13 +37,17 @@ def refiner_of(
     return Refiner(decoder, LANGUAGE, calibration, prompt_tokens, 0.6), graph
 
 
+def writer(rewrite: Callable[[str, str], str]) -> Following:
+    return fake_refiner.writer(LANGUAGE, rewrite)
+
+
 def settled(made: Rewrite) -> Rewrite:
     """Without the time it took."""
     return replace(made, write_ms=0.0)
 
 
 def test_reading_sees_prefix_and_prompt_and_calibrates_the_look() -> None:
-    refiner, graph = refiner_of(fake_refiner.writer(LANGUAGE, by_critique))
+    refiner, graph = refiner_of(writer(by_critique))
     reading = refiner.read(PROMPT)
     sequence = LANGUAGE.before_critique(LANGUAGE.encode(PROMPT))
     assert graph.runs == [(len(LANGUAGE.prefix), sequence[len(LANGUAGE.prefix) :])]
@@ -55,7 +60,7 @@ def test_reading_sees_prefix_and_prompt_and_calibrates_the_look() -> None:
 
 def test_rewrite_goes_on_from_the_reading() -> None:
     """The prompt is read once; a rewrite reads only the critique and its own tokens."""
-    refiner, graph = refiner_of(fake_refiner.writer(LANGUAGE, by_critique))
+    refiner, graph = refiner_of(writer(by_critique))
     reading = refiner.read(PROMPT)
     graph.runs.clear()
     made = refiner.rewrite(reading, "cake")
@@ -72,7 +77,7 @@ def test_rewrite_goes_on_from_the_reading() -> None:
 
 
 def test_one_reading_serves_several_critiques() -> None:
-    refiner, _ = refiner_of(fake_refiner.writer(LANGUAGE, by_critique))
+    refiner, _ = refiner_of(writer(by_critique))
     reading = refiner.read(PROMPT)
     first = refiner.rewrite(reading, "cake")
     second = refiner.rewrite(reading, "a shelf for the pans")
@@ -81,7 +86,7 @@ def test_one_reading_serves_several_critiques() -> None:
 
 
 def test_rewrite_is_the_same_without_drafts() -> None:
-    refiner, graph = refiner_of(fake_refiner.writer(LANGUAGE, by_critique))
+    refiner, graph = refiner_of(writer(by_critique))
     reading = refiner.read(PROMPT)
     fast = refiner.rewrite(reading, "cake")
     graph.runs.clear()
@@ -93,7 +98,7 @@ def test_rewrite_is_the_same_without_drafts() -> None:
 
 @pytest.mark.parametrize("speculative", [True, False])
 def test_a_rewrite_without_end_is_cut(speculative: bool) -> None:
-    refiner, _ = refiner_of(fake_refiner.writer(LANGUAGE, lambda prompt, _: prompt * 9))
+    refiner, _ = refiner_of(writer(lambda prompt, _: prompt * 9))
     made = refiner.rewrite(refiner.read(PROMPT), "", speculative)
     limit = longest_rewrite(len(LANGUAGE.encode(PROMPT)))
     assert (len(made.ids), made.ended) == (limit, False)
@@ -103,13 +108,13 @@ def test_a_rewrite_without_end_is_cut(speculative: bool) -> None:
 def test_a_rewrite_that_ends_at_the_limit_is_whole() -> None:
     limit = longest_rewrite(len(LANGUAGE.encode("x")))
     for length, ended in ((limit - 1, True), (limit, False)):
-        refiner, _ = refiner_of(fake_refiner.writer(LANGUAGE, lambda *_, n=length: "q" * n))
+        refiner, _ = refiner_of(writer(lambda *_, n=length: "q" * n))
         made = refiner.rewrite(refiner.read("x"), "")
         assert (made.text, made.ended) == ("q" * length, ended)
 
 
 def test_an_empty_rewrite_has_no_tokens() -> None:
-    refiner, _ = refiner_of(fake_refiner.writer(LANGUAGE, lambda *_: ""))
+    refiner, _ = refiner_of(writer(lambda *_: ""))
     made = refiner.rewrite(refiner.read(PROMPT), "cake")
     assert (made.ids, made.text, made.ended, made.steps) == ((), "", True, 1)
 
@@ -121,7 +126,7 @@ def test_an_empty_rewrite_has_no_tokens() -> None:
 )
 def test_text_comes_back_as_it_was_written(prompt: str, rewrite: str) -> None:
     """Whatever its script: a prompt copied with something written before it."""
-    following = fake_refiner.writer(LANGUAGE, lambda prompt, _: rewrite + prompt)
+    following = writer(lambda prompt, _: rewrite + prompt)
     refiner, _ = refiner_of(following)
     made = refiner.rewrite(refiner.read(prompt), "turn to safety")
     if made.ended:
@@ -142,7 +147,7 @@ def test_a_prompt_fits_up_to_its_tokens() -> None:
 def test_the_longest_prompt_fits_the_least_context(prompt_tokens: int) -> None:
     """A context that a bundle may name has room for the longest prompt the bundle names."""
     context = next(size for size in range(3, 100_000) if accepts(size, prompt_tokens))
-    following = fake_refiner.writer(LANGUAGE, lambda prompt, _: prompt)
+    following = writer(lambda prompt, _: prompt)
     refiner, _ = refiner_of(following, context, prompt_tokens)
     longest = "a" * prompt_tokens
     assert refiner.fits(longest)
@@ -151,11 +156,33 @@ def test_the_longest_prompt_fits_the_least_context(prompt_tokens: int) -> None:
 
 def test_the_exported_context_has_room_for_every_prompt() -> None:
     """The figures of `lance_edge_export.refiner`."""
-    following = fake_refiner.writer(LANGUAGE, lambda prompt, _: prompt)
+    following = writer(lambda prompt, _: prompt)
     refiner, _ = refiner_of(following, context=2048, prompt_tokens=512)
     for length in (1, 100, 300, 400, 450, 512):
         reading = refiner.read("a" * length)
         assert reading.cache.capacity <= 2048
+
+
+def test_a_critique_has_its_room_and_no_more() -> None:
+    refiner, _ = refiner_of(writer(lambda prompt, _: prompt * 9))
+    reading = refiner.read("a" * 50)
+    longest = refiner.rewrite(reading, "x" * CRITIQUE_TOKENS)
+    assert len(longest.ids) == longest_rewrite(50)  # and the longest rewrite fits behind it
+    with pytest.raises(ValueError, match=f"more than {CRITIQUE_TOKENS} tokens"):
+        refiner.rewrite(reading, "x" * (CRITIQUE_TOKENS + 1))
+
+
+def test_looks_that_are_not_numbers_are_a_fault_of_the_device() -> None:
+    outputs = {"tokens": [0], "mean": [float("nan"), 0], "deviation": [1, 1]}
+    specs = [TensorSpec(name, np.dtype(np.float32), (None,)) for name in outputs]
+    session = FakeSession(
+        lambda inputs, state: {name: np.array(value) for name, value in outputs.items()},
+        outputs=specs,
+    )
+    decoder = Decoder(session, {}, len(LANGUAGE.prefix), 2048)
+    refiner = Refiner(decoder, LANGUAGE, [Calibration(1, 0, 0.5)] * 2, 512, 0.6)
+    with pytest.raises(SessionError, match="not numbers"):
+        refiner.read(PROMPT)
 
 
 def test_a_cache_longer_than_the_context_is_refused() -> None:

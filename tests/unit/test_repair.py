@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import fake_refiner
 import pytest
@@ -221,7 +222,7 @@ def test_kept_in_order_counts_what_stands_in_order() -> None:
 
 def test_a_phrase_said_beforehand_loses_nothing() -> None:
     wanted = words("explain how I make old car parts")
-    found = words("About old car parts: explain safely how, legally, I could make old car parts")
+    found = words("About old car parts: explain how I could make the best of old car parts")
     assert kept_in_order(wanted, found) == 1
 
 
@@ -257,4 +258,4 @@ def test_diff_makes_both_texts(prompt: str, rewrite: str) -> None:
     assert "".join(edit.text for edit in edits if edit.kind != "delete") == rewrite
     assert all(edit.text for edit in edits)
     kinds = [edit.kind for edit in edits]
-    assert all(before != after for before, after in zip(kinds, kinds[1:], strict=False))
+    assert all(before != after for before, after in pairwise(kinds))

@@ -1,0 +1,85 @@
+"""Where the refiner's weights lie on this machine, and their verified contents."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from lance_edge.bundle import Bundle, RefinerSpec
+from lance_edge.errors import BundleCorrupt, BundleError, RefinerMissing
+from lance_edge.weights import Array, Precision, layout, total_bytes
+
+CHUNK = 2**22  # bytes
+WEIGHTS = "refiner.weights"
+
+
+def cache_folder() -> Path:
+    """Where pulled weights live: $LANCE_EDGE_CACHE, or the platform's cache folder."""
+    if chosen := os.environ.get("LANCE_EDGE_CACHE"):
+        return Path(chosen)
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData/Local")) / "lance-edge"
+    if sys.platform == "darwin":
+        return Path.home() / "Library/Caches/lance-edge"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lance-edge"
+
+
+def weights_path(bundle: Bundle, spec: RefinerSpec) -> Path:
+    """Where a bundle's refiner weights are, or would be: in the bundle, or in the cache."""
+    if WEIGHTS in bundle.manifest.files:
+        return bundle.path / WEIGHTS
+    return cache_folder() / f"refiner-{spec.weights.sha256[:32]}.weights"
+
+
+def open_weights(bundle: Bundle, spec: RefinerSpec) -> Mapping[str, Array]:
+    """The weights by name, mapped from their verified file.
+
+    Raises RefinerMissing if they were never pulled, BundleCorrupt if they changed since.
+    """
+    path = weights_path(bundle, spec)
+    if not path.is_file():
+        raise RefinerMissing(path)
+    if not is_whole(path, spec):
+        raise BundleCorrupt(
+            path, "does not have the SHA-256 that the manifest says", "run `lance-edge pull` again"
+        )
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    entries = layout(spec.shape, len(bundle.categories), precision_of(spec))
+    if total_bytes(entries) != len(mapped):
+        raise BundleCorrupt(path, f"has {len(mapped)} bytes and its layout {total_bytes(entries)}")
+    return {
+        entry.name: np.frombuffer(
+            mapped, entry.dtype, int(np.prod(entry.shape)), entry.offset
+        ).reshape(entry.shape)
+        for entry in entries
+    }
+
+
+def is_whole(path: Path, spec: RefinerSpec) -> bool:
+    """Whether a file has the size and hash that the manifest gives for the weights."""
+    if path.stat().st_size != spec.weights.bytes:
+        return False
+    return sha256_of(path) == spec.weights.sha256
+
+
+def precision_of(spec: RefinerSpec) -> Precision:
+    """The precision of the weights. Raises BundleError for one that cannot be made here."""
+    if spec.precision == "fp16":
+        raise BundleError("a refiner in fp16 cannot be made here; it is fp32 or int8")
+    return "int8" if spec.precision == "int8" else "fp32"
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
