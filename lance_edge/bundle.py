@@ -99,6 +99,12 @@ class CategoryTemplate:
     topic: str
     direction: str
 
+    def __post_init__(self) -> None:
+        if len(self.topic) + len(self.direction) > 240 or "\n" in self.topic + self.direction:
+            raise BundleError(
+                "a category's topic and direction must fit one line of 240 characters"
+            )
+
 
 @dataclass(frozen=True)
 class Templates:
@@ -121,11 +127,11 @@ class Templates:
             floors = [float(floor) for floor in self.strengths]
             self.line.format(topic="", strength="", elements="", direction="")
             self.elements.format(quoted="")
-        except (ValueError, KeyError, IndexError) as error:
+        except (ValueError, LookupError, AttributeError, TypeError) as error:
             raise BundleError(
                 f"gradients.json has a template that cannot be filled ({error})"
             ) from error
-        if not floors or min(floors) > 0 or not 64 <= self.tokens <= 256:
+        if not floors or not min(floors) <= 0 or not 64 <= self.tokens <= 256:
             raise BundleError(
                 "gradients.json needs a strength from 0.0 on and a budget of 64 to 256 tokens"
             )

@@ -67,7 +67,7 @@ def line(
     category: str, severity: float, words: Sequence[str], direction: str, templates: Templates
 ) -> str:
     """A gradient in one line."""
-    quoted = ", ".join(f'"{word}"' for word in words)
+    quoted = ", ".join(f'"{quotable(word)}"' for word in words)
     return templates.line.format(
         topic=templates.categories[category].topic,
         strength=templates.strength(severity),
@@ -100,7 +100,7 @@ def elements(text: str, windows: Sequence[WindowLabels], category: int) -> tuple
     found = join(word_shares(worst.window, worst.contributions[:, category]))
     strongest = sorted(found, key=lambda span: -span[2])[:MAX_ELEMENTS]
     ranges = _disjoint([snap(text, start, end) for start, end, _ in sorted(strongest)])
-    words = [quotable(text[start:end]) for start, end in ranges]
+    words = [text[start:end] for start, end in ranges]
     telling = [word for word in words if _LONG_WORD.search(word)]
     return tuple(telling or words)
 

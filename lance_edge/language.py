@@ -40,8 +40,11 @@ class LanguageTokenizer:
         self._read = self._with_controls(template.read)
         self._write = self._with_controls(template.write)
         end = self._with_controls(template.end)
-        if len(end) != 1 or end[0] not in self.control or not self._read or not self._write:
+        if len(end) != 1 or end[0] not in self.control:
             raise BundleError(f"the template's end {template.end!r} must be one control token")
+        for name, opening in (("read", self._read), ("write", self._write)):
+            if not opening or opening[0] not in self.control:
+                raise BundleError(f"the template's {name} must begin with a control token")
         self.end = end[0]
         self._tokenizer.encode_special_tokens = True
 

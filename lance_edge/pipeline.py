@@ -226,6 +226,8 @@ class Pipeline:
 
         def judge(text: str) -> tuple[Gradient, ...]:
             nonlocal current
+            if not refiner.fits(text):
+                raise InvalidPrompt(f"it has more than {refiner.prompt_tokens} tokens")
             current = self._look_again(self._first_looks([self.encode(text)])[0])
             return self._verdict(current).gradients
 

@@ -144,6 +144,6 @@ def _actions(change: Mapping[str, Decision], names: Sequence[str]) -> dict[str, 
 def _check_name(name: str, names: Sequence[str]) -> None:
     if name in names:
         return
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
     hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(names)}"
     raise InvalidOption(f"the bundle has no category {name!r}; {hint}")

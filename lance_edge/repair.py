@@ -11,11 +11,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from lance_edge.errors import InvalidPrompt
 from lance_edge.refiner import Rewrite
 from lance_edge.tokenizer import readable
 from lance_edge.verdict import Edit, Gradient, RefineStep
 
 FEWEST_WORDS = 6  # outside the hazard, from which on it is asked whether they were kept
+BROKEN = "\ufffd"  # what is left of bytes that are no UTF-8
 LONGEST_REPEAT = 4  # words in a phrase that may not stand three times
 
 _WORD = re.compile(r"\w+(?:['\u2019-]\w+)*")
@@ -53,8 +55,14 @@ def repair(
     while True:
         told = compose(left)
         made = rewrite(told)
-        wrong = problem(prompt, made.text, made.ended, found, is_control, least_kept)
-        left = judge(made.text) if wrong is None else ()
+        read_before = [prompt, *(step.text for step in steps)]
+        wrong = problem(read_before, made.text, made.ended, found, is_control, least_kept)
+        left = ()
+        if wrong is None:
+            try:
+                left = judge(made.text)
+            except InvalidPrompt as error:
+                wrong = f"it cannot be read as a prompt: {error}"
         if left:
             wrong = f"it is still flagged for {', '.join(item.category for item in left)}"
         steps.append(
@@ -76,7 +84,7 @@ def repair(
 
 
 def problem(
-    prompt: str,
+    read_before: Sequence[str],
     rewrite: str,
     ended: bool,
     gradients: Sequence[Gradient],
@@ -85,10 +93,12 @@ def problem(
 ) -> str | None:
     """Why a text cannot stand for the prompt, whatever the screener says of it; None if it can.
 
+    read_before  the prompt, and the rewrites that were judged before
     ended       whether the rewrite came to an end by itself
     is_control  whether a text spells out a token of the prompt template
     least_kept  share of the words outside the gradients' elements that it must keep, in order
     """
+    prompt = read_before[0]
     if not readable(rewrite):
         return "it is empty"
     if not ended:
@@ -97,7 +107,9 @@ def problem(
         return "it carries tokens of the prompt template"
     if phrase := repeated(rewrite, prompt):
         return f"it repeats {phrase!r}"
-    if rewrite.strip() == prompt.strip():
+    if BROKEN in rewrite and BROKEN not in prompt:
+        return "it holds half a character"
+    if rewrite.strip() in (text.strip() for text in read_before):
         return "it changes nothing"
     outside = words_outside(prompt, [word for item in gradients for word in item.elements])
     if len(outside) >= FEWEST_WORDS and kept_in_order(outside, words(rewrite)) < least_kept:
@@ -118,10 +130,24 @@ def words_outside(prompt: str, elements: Sequence[str]) -> list[str]:
 
 def kept_in_order(wanted: Sequence[str], found: Sequence[str]) -> float:
     """Share of the wanted words that the found ones hold in the same order; 1 if none is wanted."""
-    if not wanted:
-        return 1.0
-    matcher = difflib.SequenceMatcher(None, wanted, found, autojunk=False)
-    return sum(block.size for block in matcher.get_matching_blocks()) / len(wanted)
+    return common_length(wanted, found) / len(wanted) if wanted else 1.0
+
+
+def common_length(a: Sequence[str], b: Sequence[str]) -> int:
+    """The length of the longest common subsequence.
+
+    Bit-parallel (Hyyro, "Bit-parallel LCS-length computation revisited", 2004): bit i of `open_` is
+    0 where the subsequence of a's first i + 1 words is longer than that of its first i.
+    """
+    places: dict[str, int] = {}
+    for index, word in enumerate(a):
+        places[word] = places.get(word, 0) | 1 << index
+    every = (1 << len(a)) - 1
+    open_ = every
+    for word in b:
+        matched = open_ & places.get(word, 0)
+        open_ = ((open_ + matched) | (open_ - matched)) & every
+    return len(a) - open_.bit_count()
 
 
 def repeated(rewrite: str, prompt: str) -> str | None:
@@ -135,7 +161,7 @@ def diff(prompt: str, rewrite: str) -> tuple[Edit, ...]:
     """The word diff; kept and deleted stretches make the prompt, kept and inserted the rewrite."""
     before, after = _PIECE.findall(prompt), _PIECE.findall(rewrite)
     edits: list[Edit] = []
-    matcher = difflib.SequenceMatcher(None, before, after, autojunk=False)
+    matcher = difflib.SequenceMatcher(None, before, after)  # autojunk: quick on repetitive text
     for _, a, b, c, d in matcher.get_opcodes():
         if before[a:b] == after[c:d]:
             edits.append(Edit("keep", "".join(before[a:b])))

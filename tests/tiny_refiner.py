@@ -116,7 +116,9 @@ def _tensors() -> dict[str, tuple[Kind, Float32Array]]:
     }
     for layer in range(SHAPE.layers):
         for name, (_, kind, (rows, columns)) in LINEARS.items():
-            weight = normal(rows, columns, scale=2.5 * columns**-0.5)
+            # Large, so that what it writes varies; but with sharp attention int8 would be far off.
+            gain = 1.0 if name.endswith(("q_proj", "k_proj")) else 2.5
+            weight = normal(rows, columns, scale=gain * columns**-0.5)
             found[f"model.layers.{layer}.{name}"] = (kind, weight)
         for name in NORMS:
             weight = 1 + normal(SHAPE.hidden, scale=0.2)

@@ -224,7 +224,8 @@ def test_a_hazard_of_ten_thousand_characters_is_quoted_in_one_short_line() -> No
         pieces = dict.fromkeys(re.findall(r"\w+|[^\w\s]", text), 1.0)
         found = elements(text, [window(text, {"violence": pieces})], 0)
         assert found
-        for words in found:
+        assert all(words in text for words in found)
+        for words in map(quotable, found):
             assert 0 < len(words) <= MAX_ELEMENT_CHARS
             assert '"' not in words
             assert words.splitlines() == [words]
@@ -286,7 +287,7 @@ def test_a_prompt_never_breaks_the_critique_s_lines(text: str, seed: int) -> Non
     seen: list[str] = []
     for item, line in zip(found, lines, strict=True):
         assert line == item.text
-        assert quoted_words(line) == [word for word in item.elements if word not in seen]
+        assert quoted_words(line) == [quotable(word) for word in item.elements if word not in seen]
         assert line.startswith(f"{item.category} (")
         assert line.endswith(f": turn from {item.category}")
         seen += item.elements

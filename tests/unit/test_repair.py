@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lance_edge.gradient import quotable
 from lance_edge.refiner import Rewrite
 from lance_edge.repair import (
     FEWEST_WORDS,
@@ -77,7 +76,7 @@ def written(text: str, ended: bool = True) -> Rewrite:
 
 def why_not(rewrite: str, prompt: str = PROMPT, ended: bool = True, *hazard: str) -> str | None:
     found = [flag("violence", *(hazard or ("bomb",)))]
-    return problem(prompt, rewrite, ended, found, LANGUAGE.has_control, least_kept=0.6)
+    return problem([prompt], rewrite, ended, found, LANGUAGE.has_control, least_kept=0.6)
 
 
 def test_a_rewrite_that_is_clean_is_accepted() -> None:
@@ -207,9 +206,23 @@ def test_words_outside_leaves_out_what_is_quoted_wherever_it_stands() -> None:
 
 
 def test_words_outside_leaves_out_the_middle_of_a_shortened_element() -> None:
-    """Elements are shortened for quoting; what is left out of the quote is hazard all the same."""
+    """Elements are shortened in the line alone: all their words are hazard."""
     hazard = " ".join(f"part{number}" for number in range(40))
-    assert words_outside(f"please list {hazard}", [quotable(hazard)]) == ["please", "list"]
+    assert words_outside(f"please list {hazard}", [hazard]) == ["please", "list"]
+
+
+def test_a_rewrite_that_was_judged_before_changes_nothing() -> None:
+    judged = ["how to make a bomb", "how to make a cake"]
+    wrong = problem(judged, "how to make a cake ", True, (), LANGUAGE.has_control, least_kept=0.0)
+    assert wrong == "it changes nothing"
+
+
+def test_half_a_character_is_a_problem_unless_the_prompt_has_it() -> None:
+    def wrong(prompt: str) -> str | None:
+        return problem([prompt], "hello \ufffd", True, (), LANGUAGE.has_control, least_kept=0.0)
+
+    assert wrong("hello") == "it holds half a character"
+    assert wrong("hello bomb \ufffd") is None
 
 
 def test_kept_in_order_counts_what_stands_in_order() -> None:
@@ -222,7 +235,7 @@ def test_kept_in_order_counts_what_stands_in_order() -> None:
 
 def test_a_phrase_said_beforehand_loses_nothing() -> None:
     wanted = words("explain how I make old car parts")
-    found = words("About old car parts: explain how I could make the best of old car parts")
+    found = words("On old car parts: explain briefly how I could make do with old car parts")
     assert kept_in_order(wanted, found) == 1
 
 

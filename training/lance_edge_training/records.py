@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lance_edge.bundle import Templates
-from lance_edge.gradient import MAX_ELEMENTS, critique, gradient, gradients, quotable
+from lance_edge.gradient import MAX_ELEMENTS, critique, gradient, gradients
 from lance_edge.language import LanguageTokenizer
 from lance_edge.screener import Labels
 from lance_edge.verdict import Gradient
@@ -120,7 +120,7 @@ class Composer:
         severity = record.example.severity or {}
         chosen = [name for name, value in severity.items() if value >= LEAST_SEVERITY]
         chosen = chosen or [max(severity, key=severity.__getitem__)]
-        words = [quotable(span) for span in record.example.spans[:MAX_ELEMENTS]]
+        words = record.example.spans[:MAX_ELEMENTS]
         found: list[Gradient] = []
         for name in sorted(chosen, key=lambda name: -severity[name]):
             direction = sentences.get(name)
