@@ -18,8 +18,10 @@ import tiny
 import tiny_refiner
 from tiny_refiner import MEMBER, PACKAGE, WHEEL
 
+import lance_edge.cache
 import lance_edge.pull
 from lance_edge.bundle import Bundle, RefinerSpec, open_bundle
+from lance_edge.cache import WEIGHTS, cache_folder, open_weights, weights_path
 from lance_edge.errors import (
     BaseCorrupt,
     BundleCorrupt,
@@ -28,7 +30,7 @@ from lance_edge.errors import (
     PullError,
     RefinerMissing,
 )
-from lance_edge.pull import cache_folder, open_weights, pull, weights_path
+from lance_edge.pull import pull
 from lance_edge.weights import Precision, make_weights
 
 
@@ -189,12 +191,10 @@ def test_a_pull_reports_its_progress(bundle: Bundle, wheel: Path) -> None:
 
 def test_a_bundle_may_hold_its_weights(tmp_path: Path, cache: Path) -> None:
     contents = tiny_refiner.weights_file("int8")
-    folder = tiny_refiner.write_bundle(
-        tmp_path / "whole", replaced={lance_edge.pull.WEIGHTS: contents}
-    )
+    folder = tiny_refiner.write_bundle(tmp_path / "whole", replaced={WEIGHTS: contents})
     bundle = open_bundle(folder)
     path = pull(bundle, tmp_path / "no such base")
-    assert path == weights_path(bundle, refiner_of(bundle)) == folder / lance_edge.pull.WEIGHTS
+    assert path == weights_path(bundle, refiner_of(bundle)) == folder / WEIGHTS
     assert not cache.exists()
     assert "embedding" in open_weights(bundle, refiner_of(bundle))
 
@@ -223,7 +223,7 @@ def test_the_cache_is_where_the_platform_has_it(
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(lance_edge.pull.sys, "platform", platform)
+    monkeypatch.setattr(lance_edge.cache.sys, "platform", platform)
     assert cache_folder() == Path(expected)
 
 

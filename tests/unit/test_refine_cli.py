@@ -25,8 +25,9 @@ import lance_edge
 import lance_edge.pipeline
 from lance_edge import cli
 from lance_edge.bundle import open_bundle
+from lance_edge.cache import weights_path
 from lance_edge.decoder import Decoder
-from lance_edge.pull import pull, weights_path
+from lance_edge.pull import pull
 from lance_edge.refiner import Reading, Refiner, Rewrite
 from lance_edge.screener import logit, sigmoid, spread_of
 from lance_edge.verdict import Verdict
@@ -40,6 +41,7 @@ PLACE = ("source", "line", "prompt")  # what a record holds besides the verdict
 FLAGGED = "hello the bomb"
 OPEN = "kill safely"  # the first look is not sure of it
 BLOCKED = "the minor"
+STILL_FLAGGED = [f"{word} {n}" for n in range(3) for word in ("bomb", "kill", "spy")]
 VIOLENCE = 'violence (extreme) in "bomb": no violence'
 
 
@@ -394,7 +396,7 @@ def test_a_rewrite_longer_than_the_refiner_reads_ends_the_loop(
 def test_max_steps_rewrites_are_tried(
     refine: Invoke, monkeypatch: pytest.MonkeyPatch, steps: int
 ) -> None:
-    Scripted("the bomb", "the kill").install(monkeypatch)
+    Scripted(*STILL_FLAGGED).install(monkeypatch)
     result = refine(FLAGGED, "--looks", "1", "--format", "jsonl", "--max-steps", str(steps))
     (record,) = records(result.stdout)
     assert (result.exit_code, record["decision"], len(record["steps"])) == (1, "block", steps)
@@ -403,7 +405,7 @@ def test_max_steps_rewrites_are_tried(
 def test_three_rewrites_are_tried_unless_a_policy_says_otherwise(
     refine: Invoke, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    Scripted("the bomb", "the kill").install(monkeypatch)
+    Scripted(*STILL_FLAGGED).install(monkeypatch)
     arguments = (FLAGGED, "--looks", "1", "--format", "jsonl")
     assert len(records(refine(*arguments).stdout)[0]["steps"]) == 3
     (tmp_path / "policy.json").write_text('{"max_steps": 4}')

@@ -52,7 +52,8 @@ class RefinerSettings:
 
     rank: int = 16
     scale: float = 2.0
-    first_layer: int = 10  # the blocks below stay as they are: a sixth less work a step
+    # The blocks below stay as they are: a sixth less work a step. None for a third of all.
+    first_layer: int | None = None
     epochs: int = 2
     steps: int | None = None  # stop, with the rate at zero, after so many; None for all epochs
     prompt_share: float = 0.2  # of the rows that only teach the second look, in each epoch
@@ -71,7 +72,10 @@ class Refiner(nn.Module):
 
     def __init__(self, network: Any, categories: int, settings: RefinerSettings) -> None:
         super().__init__()
-        add_low_rank(network, settings.first_layer, settings.rank, settings.scale)
+        first = settings.first_layer
+        if first is None:
+            first = len(network.model.layers) // 3
+        add_low_rank(network, first, settings.rank, settings.scale)
         self.network = network
         self.head = Head(network.config.hidden_size, categories, "variational")
 
