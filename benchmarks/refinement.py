@@ -150,6 +150,8 @@ def without_critique(
 
 def chrf(text: str, reference: str) -> float:
     """Character n-gram F-score, 0..100 (Popovic, WMT 2015)."""
+    if not text.strip():
+        return 0.0
     return float(CHRF().sentence_score(text, [reference]).score)
 
 

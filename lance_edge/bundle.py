@@ -99,12 +99,6 @@ class CategoryTemplate:
     topic: str
     direction: str
 
-    def __post_init__(self) -> None:
-        if len(self.topic) + len(self.direction) > 240 or "\n" in self.topic + self.direction:
-            raise BundleError(
-                "a category's topic and direction must fit one line of 240 characters"
-            )
-
 
 @dataclass(frozen=True)
 class Templates:
@@ -131,6 +125,16 @@ class Templates:
             raise BundleError(
                 f"gradients.json has a template that cannot be filled ({error})"
             ) from error
+        for name, category in self.categories.items():
+            # A token is a byte at least, so such a line fits wherever a critique does.
+            words = max(self.strengths.values(), key=len, default="")
+            filled = self.line.format(
+                topic=category.topic, strength=words, elements="", direction=category.direction
+            )
+            if len(filled.encode("utf-8")) > 256 or len(filled.splitlines()) > 1:
+                raise BundleError(
+                    f"gradients.json: what it says of {name} must fit one line of 256 bytes"
+                )
         if not floors or not min(floors) <= 0 or not 64 <= self.tokens <= 256:
             raise BundleError(
                 "gradients.json needs a strength from 0.0 on and a budget of 64 to 256 tokens"

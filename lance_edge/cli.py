@@ -357,7 +357,7 @@ def each_verdict(
             verdict = next(verdicts)
             report.verdict(item, verdict)
             counts["screened"] += 1
-            counts["flagged"] += bool(verdict.flagged)
+            counts["flagged"] += bool(verdict.flagged) or verdict.decision != "allow"
         report.flush()
         progress.update(counts["screened"], counts["flagged"], counts["failed"])
     progress.clear()
@@ -414,6 +414,8 @@ def read_policy(path: Path | None) -> dict[str, Any]:
         return {}
     try:
         rules = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidOption(f"--policy {path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise InvalidOption(f"--policy {path} is not valid JSON ({error})") from error
     if not isinstance(rules, dict):

@@ -15,6 +15,7 @@ from lance_edge_engines import Session, State
 Float32Array = npt.NDArray[np.float32]
 
 OUTPUTS = ("tokens", "mean", "deviation")
+BLOCK = 64  # rows; attention's own blocks are of a multiple of this
 
 
 @dataclass
@@ -40,7 +41,7 @@ class Step:
     """What one step says.
 
     tokens           the most likely next token after each wanted row
-    mean, deviation  the second look's latent severities at the last row   [C]
+    mean, deviation  the second look's latent severities at the first wanted row   [C]
     """
 
     tokens: list[int]
@@ -83,11 +84,12 @@ class Decoder:
     def step(self, cache: Cache, ids: Sequence[int], first: int = 0) -> Step:
         """Read new tokens into the cache.
 
-        first  the first of them whose next token is wanted; the looks are read at the last one
+        first  the first of them whose next token is wanted, and where the second look is read
         """
-        # A graph run on one row sums in another order than one on several: with never less than
-        # two, a token's result is the same whichever step it is in.
-        rows = list(ids) if len(ids) > 1 else [ids[0], ids[0]]
+        # Attention sums a row that is alone in its block of rows in another order than one in
+        # company (ONNX Runtime 1.31). One row more, whose result nobody reads, keeps a token's
+        # result the same whichever step it is in.
+        rows = [*ids, ids[-1]] if len(ids) % BLOCK == 1 else list(ids)
         assert cache.length + len(rows) <= cache.capacity
         outputs = self._session.run(
             {

@@ -6,6 +6,7 @@ quantised types Q8_0 and Q4_1 (32 weights to a block).
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,17 @@ import numpy as np
 import numpy.typing as npt
 
 from lance_edge.errors import BaseCorrupt
+
+# What reading lengths and kinds from damaged bytes can end in.
+_DAMAGE = (
+    struct.error,
+    ArithmeticError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -39,7 +51,7 @@ class Gguf:
         self._contents = contents
         try:
             self.metadata, self._entries, self._data = _parse(contents)
-        except (struct.error, IndexError, UnicodeDecodeError, MemoryError) as error:
+        except _DAMAGE as error:
             raise BaseCorrupt(f"the GGUF file ends early or is damaged ({error})") from error
 
     @property
@@ -52,11 +64,11 @@ class Gguf:
         entry = self._entries.get(name)
         if entry is None:
             raise BaseCorrupt(f"the GGUF file has no tensor {name!r}")
-        count = int(np.prod(entry.shape))
+        count = math.prod(entry.shape)
         data = self._contents[self._data + entry.offset :]
         try:
             return _dequantise(data, entry.kind, count).reshape(entry.shape)
-        except ValueError as error:
+        except _DAMAGE as error:
             raise BaseCorrupt(f"tensor {name!r} of the GGUF file is damaged ({error})") from error
 
 
@@ -74,7 +86,9 @@ def _parse(contents: memoryview) -> tuple[dict[str, Any], dict[str, _Entry], int
         name = reader.string()
         shape = [reader.scalar("<Q") for _ in range(reader.scalar("<I"))]
         entries[name] = _Entry(tuple(reversed(shape)), reader.scalar("<I"), reader.scalar("<Q"))
-    alignment = int(metadata.get("general.alignment", 32))
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise ValueError(f"its alignment is {alignment!r}")
     return metadata, entries, -(-reader.position // alignment) * alignment
 
 
@@ -90,6 +104,8 @@ class _Reader:
     def string(self) -> str:
         length = self.scalar("<Q")
         start, self.position = self.position, self.position + length
+        if self.position > len(self.contents):
+            raise ValueError("a text in it has no end")
         return bytes(self.contents[start : self.position]).decode("utf-8")
 
     def value(self, kind: int) -> Any:

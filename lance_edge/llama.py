@@ -62,6 +62,8 @@ class GgufLlama:
             )
         except KeyError as error:
             raise BaseCorrupt(f"the GGUF file has no {error}; it is no Llama network") from error
+        except (TypeError, ValueError) as error:
+            raise BaseCorrupt(f"the GGUF file describes no Llama network ({error})") from error
 
     def embedding(self) -> Float32Array:
         """[vocabulary, hidden]"""

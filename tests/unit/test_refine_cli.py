@@ -357,10 +357,11 @@ def test_what_is_left_is_told_in_the_next_step(
     ],
 )
 def test_what_is_not_accepted_is_blocked_with_the_reason(
-    guard: lance_edge.Pipeline, monkeypatch: pytest.MonkeyPatch, text: str, ended: bool, reason: str
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, text: str, ended: bool, reason: str
 ) -> None:
     Scripted(text, ended=ended).install(monkeypatch)
-    verdict = guard.refine(FLAGGED)
+    with load(bundle, looks="1", rules={"max_steps": 1}) as pipeline:
+        verdict = pipeline.refine(FLAGGED)
     assert (verdict.decision, verdict.refined, verdict.diff) == ("block", None, ())
     assert verdict.reason == f"the rewrite was not accepted: {reason}"
     assert verdict.steps[-1].problem == reason
@@ -406,10 +407,10 @@ def test_three_rewrites_are_tried_unless_a_policy_says_otherwise(
     refine: Invoke, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     Scripted(*STILL_FLAGGED).install(monkeypatch)
-    arguments = (FLAGGED, "--looks", "1", "--format", "jsonl")
+    arguments = [FLAGGED, "--looks", "1", "--format", "jsonl"]
     assert len(records(refine(*arguments).stdout)[0]["steps"]) == 3
     (tmp_path / "policy.json").write_text('{"max_steps": 4}')
-    arguments = (*arguments, "--policy", str(tmp_path / "policy.json"))
+    arguments += ["--policy", str(tmp_path / "policy.json")]
     assert len(records(refine(*arguments).stdout)[0]["steps"]) == 4
     assert len(records(refine(*arguments, "--max-steps", "2").stdout)[0]["steps"]) == 2
 
@@ -454,18 +455,18 @@ def test_the_longest_prompt_that_a_bundle_may_allow_is_read(
     assert step.tokens > 0
 
 
+@pytest.mark.parametrize(
+    "direction", ["turn to safety " * 20, "\N{GRINNING FACE}" * 100], ids=["long", "many bytes"]
+)
 def test_a_critique_that_no_refiner_can_read_is_the_bundles_fault(
-    tmp_path: Path, bundle: Path
+    tmp_path: Path, bundle: Path, direction: str
 ) -> None:
     gradients = json.loads(tiny_refiner.files()["gradients.json"])
-    gradients["categories"]["violence"]["direction"] = "turn to safety " * 20
+    gradients["categories"]["violence"]["direction"] = direction
     folder = tiny_refiner.write_bundle(
         tmp_path / "own", replaced={"gradients.json": json.dumps(gradients).encode()}
     )
-    with (
-        pytest.raises(lance_edge.BundleError, match=r"gradients\.json"),
-        load(folder, looks="1") as pipeline,
-    ):
+    with pytest.raises(lance_edge.BundleError), load(folder, looks="1") as pipeline:
         pipeline.refine(FLAGGED)
 
 
