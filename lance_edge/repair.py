@@ -94,9 +94,9 @@ def problem(
     """Why a text cannot stand for the prompt, whatever the screener says of it; None if it can.
 
     read_before  the prompt, and the rewrites that were judged before
-    ended       whether the rewrite came to an end by itself
-    is_control  whether a text spells out a token of the prompt template
-    least_kept  share of the words outside the gradients' elements that it must keep, in order
+    ended        whether the rewrite came to an end by itself
+    is_control   whether a text spells out a token of the prompt template
+    least_kept   share of the words outside the gradients' elements that it must keep, in order
     """
     prompt = read_before[0]
     if not readable(rewrite):

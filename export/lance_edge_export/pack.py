@@ -76,8 +76,11 @@ def add_refiner(
         version=version,
         gradients=GRADIENTS,
         refiner=exported.spec,
+        provenance={**before.provenance, "refiner": exported.provenance},
         parity={**before.parity, **{f"refiner {k}": v for k, v in exported.parity.items()}},
     )
+    taxonomy, calibration = (json.loads(files[n]) for n in (before.taxonomy, before.calibration))
+    files["README.md"] = card(manifest, taxonomy, calibration)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -111,6 +114,15 @@ def card(manifest: Manifest, taxonomy: list[dict[str, Any]], calibration: dict[s
         f"- {stage}: `{json.dumps(figures)}`" for stage, figures in manifest.parity.items()
     )
     sources = ", ".join(manifest.provenance.get("sources", [])) or "not recorded"
+    refiner = ""
+    if manifest.refiner is not None:
+        refiner = f"""
+## Refiner
+A language model that rewrites flagged prompts of up to {manifest.refiner.prompt_tokens} tokens, and reads
+prompts that the screener leaves open: a low-rank change to {manifest.refiner.base.package}
+({manifest.refiner.base.member}). Its weights are made by `lance-edge pull`. A rewrite can be clumsy or
+miss the point; it is given back only if nothing in it is flagged.
+"""
     return f"""# {manifest.name} {manifest.version}
 
 A screener for prompts to language models: per category a severity in 0..1 with a standard
@@ -123,7 +135,7 @@ Precision {manifest.screener.precision}; windows of {manifest.screener.window} t
 | category | title | action | threshold |
 |---|---|---|---|
 {rows}
-
+{refiner}
 ## Made from
 Encoder: {manifest.provenance.get("encoder") or "not recorded"}.
 Training data: {sources}. Licences and attributions are in NOTICE of the lance-edge repository.

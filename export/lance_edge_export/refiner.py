@@ -42,6 +42,7 @@ class RefinerFiles:
     spec: RefinerSpec
     files: dict[str, bytes]
     parity: dict[str, dict[str, float]]
+    provenance: dict[str, Any]
 
 
 def export_refiner(
@@ -111,7 +112,7 @@ def export_refiner(
         spec.prefix: npz(prefix),
         spec.second_look: second_look(checkpoint, categories),
     }
-    return RefinerFiles(spec, files, parity)
+    return RefinerFiles(spec, files, parity, description["provenance"])
 
 
 def sample_ids(

@@ -336,15 +336,42 @@ def test_the_second_look_is_calibrated_on_the_calibration_half(
     assert json.loads(out.read_text(encoding="utf-8")) == first
 
 
-def test_the_band_mends_most_while_few_plain_prompts_pay() -> None:
-    def examples(source: str, harmful: bool, count: int) -> list[Example]:
-        return [Example(f"{source} {n}", source, "prompt", {}, None, harmful) for n in range(count)]
+def rows_of(source: str, harmful: bool, count: int) -> list[Example]:
+    return [Example(f"{source} {n}", source, "prompt", {}, None, harmful) for n in range(count)]
 
-    rows = [*examples("plain", False, 100), *examples("catqa", True, 50)]
-    margin = np.concatenate([np.linspace(-3, -1, 100), np.linspace(-2, 2, 50)])
-    first = margin >= 0
-    right = np.array([example.harmful is True for example in rows])
-    low, high = second_look.choose_band(margin, first, right, rows)
-    inside = (margin >= low) & (margin <= high)
+
+def test_the_band_mends_most_while_few_plain_prompts_pay() -> None:
+    rows = [
+        *rows_of("plain", False, 100),
+        *rows_of("catqa", True, 50),
+        *rows_of("coconot", False, 9),
+    ]
+    margin = np.concatenate([np.linspace(-3, -1, 100), np.linspace(-2, 2, 50), np.full(9, -3.0)])
+    first = (margin >= 0).astype(float)[:, None]
+    right = np.array([[float(example.harmful is True)] for example in rows])
+    choice = second_look.choose(first, margin, lambda share: right, np.array([0.5]), rows)
+    inside = (margin >= choice.low) & (margin <= choice.high)
     assert inside[:100].mean() <= second_look.PLAIN_SHARE
-    assert (~first[100:] & inside[100:]).sum() >= 0.5 * (~first[100:]).sum()
+    mended = (first[100:150, 0] == 0) & inside[100:150]
+    assert choice.gain == pytest.approx(mended.mean())
+    assert mended.sum() >= 0.5 * (first[100:150] == 0).sum()
+
+
+def test_a_second_look_that_mends_nothing_is_not_taken() -> None:
+    rows = [
+        *rows_of("plain", False, 20),
+        *rows_of("catqa", True, 20),
+        *rows_of("coconot", False, 20),
+    ]
+    margin = np.linspace(-2, 2, 60)
+    first = (margin >= 0).astype(float)[:, None]
+    choice = second_look.choose(first, margin, lambda share: first, np.array([0.5]), rows)
+    assert choice == second_look.NO_SECOND_LOOK
+    assert not ((margin >= choice.low) & (margin <= choice.high)).any()
+
+
+def test_both_sides_count_the_same() -> None:
+    rows = [*rows_of("catqa", True, 4), *rows_of("coconot", False, 2), *rows_of("plain", False, 3)]
+    weight, wanted = second_look.set_weights(second_look.evaluation_sets(rows), len(rows))
+    assert weight.tolist() == [0.25] * 4 + [0.5] * 2 + [0.0] * 3
+    assert wanted.tolist() == [True] * 4 + [False] * 5

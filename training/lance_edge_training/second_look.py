@@ -3,19 +3,19 @@
 Through the runtime, on a bundle with its refiner pulled: what is calibrated is what is served.
 On rows that may be trained on of the calibration half, per category slope and intercept are
 fitted as for the first look; the mix of both looks and the band of margins that gets the second
-one are chosen on the whole calibration half.
+one are chosen on the whole calibration half, and there is none where it would not pay.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
 import typer
-from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
 import lance_edge
@@ -29,8 +29,13 @@ from lance_edge_training.evaluate import Latents, evaluation_sets, half, truth
 
 BoolArray = npt.NDArray[np.bool_]
 
-SHARES = (0.5, 0.6, 0.7, 0.8, 1.0)  # of the second look, that are tried
+SHARES = (0.2, 0.3, 0.4, 0.5, 0.7, 1.0)  # of the second look, that are tried
+LEAST_GAIN = 0.01
 PLAIN_SHARE = 0.15  # of plain benign prompts that may pay for a second look
+
+
+# No margin lies in this band.
+NO_MARGIN = 1e9
 
 
 def both(
@@ -74,50 +79,63 @@ def margins(severity: FloatArray, deviation: FloatArray, policy: Policy) -> Floa
     return np.array([policy.margin(s, d) for s, d in zip(severity, deviation, strict=True)])
 
 
-def choose_share(
+@dataclass(frozen=True)
+class Choice:
+    """A mix of both looks and the band of margins that gets it.
+
+    gain  what it adds to (mean recall of the harmful sets) - (mean false-positive rate of the
+          hard-benign sets)
+    """
+
+    share: float
+    low: float
+    high: float
+    gain: float
+
+
+NO_SECOND_LOOK = Choice(share=0.5, low=NO_MARGIN, high=NO_MARGIN, gain=0.0)
+
+
+def choose(
     first: FloatArray,
-    latent: Latents,
-    slope: FloatArray,
-    intercept: FloatArray,
-    examples: list[Example],
-) -> float:
-    """The share at which the highest severity tells harmful from benign prompts best."""
-    decided = np.array([example.harmful is not None for example in examples])
-    harmful = np.array([example.harmful is True for example in examples])
-
-    def auc(share: float) -> float:
-        highest = mixed(first, latent, slope, intercept, share).max(1)
-        return float(roc_auc_score(harmful[decided], highest[decided]))
-
-    return max(SHARES, key=auc)
-
-
-def choose_band(
     margin: FloatArray,
-    first_flags: npt.NDArray[np.bool_],
-    mixed_flags: npt.NDArray[np.bool_],
+    second: Callable[[float], FloatArray],
+    thresholds: FloatArray,
     examples: list[Example],
-) -> tuple[float, float]:
-    """The band of margins whose second look mends most errors, while at most PLAIN_SHARE of the
-    plain benign prompts pay for it. Errors count per set, each set the same."""
+) -> Choice:
+    """The share and the band that mend most, while at most PLAIN_SHARE of the plain benign prompts
+    pay for it. Without a gain of LEAST_GAIN the band is empty: no prompt is read twice.
+
+    second  share -> severities of both looks  [n, C]
+    """
     sets = evaluation_sets(examples)
+    weight, wanted = set_weights(sets, len(examples))
     plain = np.array(sets["benign/plain"])
-    weight, wanted = np.zeros(len(examples)), np.zeros(len(examples))
-    for name, indices in sets.items():
-        if name != "benign/plain":
-            weight[indices] = 1 / len(indices)
-            wanted[indices] = float(name.startswith("harmful/"))
-    mended = weight * (
-        (first_flags != wanted).astype(float) - (mixed_flags != wanted).astype(float)
-    )
-    edges = np.unique(np.quantile(margin, np.linspace(0, 1, 201)))
-    best, band = -np.inf, (0.0, 0.0)
-    for low in edges:
-        for high in edges[edges >= max(low, 0.0)]:
-            inside = (margin >= low) & (margin <= high)
-            if inside[plain].mean() <= PLAIN_SHARE and mended[inside].sum() > best:
-                best, band = float(mended[inside].sum()), (float(low), float(high))
-    return band
+    before = np.any(first >= thresholds, axis=1)
+    edges = np.unique(np.quantile(margin, np.linspace(0, 1, 101)))
+    best = NO_SECOND_LOOK
+    for share in SHARES:
+        after = np.any(second(share) >= thresholds, axis=1)
+        mended = weight * ((before != wanted).astype(float) - (after != wanted).astype(float))
+        for low in edges:
+            for high in edges[edges >= low]:
+                inside = (margin >= low) & (margin <= high)
+                gain = float(mended[inside].sum())
+                if gain > max(best.gain, LEAST_GAIN) and inside[plain].mean() <= PLAIN_SHARE:
+                    best = Choice(share, float(low), float(high), gain)
+    return best
+
+
+def set_weights(sets: Mapping[str, list[int]], rows: int) -> tuple[FloatArray, BoolArray]:
+    """What an error on each row counts, and whether it should be flagged: each set counts the
+    same on its side, harmful or hard-benign, and both sides count the same; other rows nothing."""
+    weight, wanted = np.zeros(rows), np.zeros(rows, bool)
+    for side in ("harmful/", "hard_benign/"):
+        chosen = [indices for name, indices in sets.items() if name.startswith(side)]
+        for indices in chosen:
+            weight[indices] = 1 / len(indices) / len(chosen)
+            wanted[indices] = side == "harmful/"
+    return weight, wanted
 
 
 def main(
@@ -151,12 +169,11 @@ def main(
     allowed &= ~np.isnan(latent.mean).any(1)
     permitted = Latents(latent.mean[allowed], latent.deviation[allowed])
     slope, intercept = fit(permitted, target[allowed], known[allowed])
-    share = choose_share(first, latent, slope, intercept, examples)
-    severity = mixed(first, latent, slope, intercept, share)
-    low, high = choose_band(
+    choice = choose(
+        first,
         margins(first, deviation, policy),
-        np.any(first >= policy.thresholds, axis=1),
-        np.any(severity >= policy.thresholds, axis=1),
+        lambda share: mixed(first, latent, slope, intercept, share),
+        policy.thresholds,
         examples,
     )
     look = SecondLook(
@@ -164,12 +181,12 @@ def main(
             name: Calibration(float(slope[k]), float(intercept[k]), float(policy.thresholds[k]))
             for k, name in enumerate(names)
         },
-        low,
-        high,
-        share,
+        choice.low,
+        choice.high,
+        choice.share,
     )
     write_json(out, asdict(look))
-    typer.echo(f"share {share}, band {low:.2f} to {high:.2f}")
+    typer.echo(str(choice))
 
 
 if __name__ == "__main__":
