@@ -1,9 +1,10 @@
 """Latency of one rewrite, against the same weights elsewhere: `python benchmarks/rewrite.py --help`.
 
-Prompt and critique in, rewrite out; greedy. The set: held-out records that the refiner rewrites
-with at least 80 % of the tokens copied, 30 to 60 tokens long, and records that it rewrites with
-little copied. A peer writes as many tokens as ours did, whichever it chooses. Contestants run in
-turn on each prompt, with a pause before each: idle thread pools spin for a while after a run.
+Prompt and critique in, rewrite out; greedy. The sets: held-out records that the refiner rewrites with
+at least 80 % of the tokens copied, 30 to 60 tokens long, and records that it rewrites with at most
+20 % copied (longest common subsequence with the prompt). A peer writes as many tokens as ours did,
+whichever it chooses. Contestants run in turn on each prompt, with a pause before each: idle thread
+pools spin for a while after a run.
 
 ours          lance_edge's refiner, copy-speculative, row-wise int8
 plain         the same without drafts
@@ -32,6 +33,7 @@ from environment import environment, save
 
 import lance_edge
 from lance_edge.refiner import Refiner
+from lance_edge.repair import common_length
 from lance_edge_training.data import read_rows
 from lance_edge_training.lowrank import low_rank_layers
 from lance_edge_training.refiner import load_refiner
@@ -89,24 +91,39 @@ def main(
 
 
 def find_tasks(guard: lance_edge.Pipeline, data: Path, count: int) -> dict[str, list[Task]]:
-    """Rewrites of held-out records, by how much the refiner copies."""
-    sets: dict[str, list[Task]] = {"copied": [], "not_copied": []}
-    for row in read_rows(data / "pairs" / "test.jsonl"):
-        if row["action"] != "rewrite" or not guard.refiner.fits(row["prompt"]):
-            continue
-        critique = "\n".join(row["gradient"].values())
-        reading = guard.refiner.read(row["prompt"])
-        made = guard.refiner.rewrite(reading, critique)
-        tokens = len(made.ids) + 1
-        copied = made.accepted / tokens
-        task = Task(row["prompt"], critique, tokens, copied)
-        if tokens in LENGTHS and copied >= 0.7 and len(sets["copied"]) < count:
-            sets["copied"].append(task)
-        elif copied <= 0.2 and tokens >= 8 and len(sets["not_copied"]) < count:
-            sets["not_copied"].append(task)
-        if all(len(tasks) == count for tasks in sets.values()):
+    """Rewrites of held-out records, by how much the refiner copies: the first that fit."""
+    rows = [r for r in read_rows(data / "pairs" / "test.jsonl") if r["action"] == "rewrite"]
+    return {
+        "copied": first_tasks(
+            guard.refiner,
+            [row for row in rows if row["kind"] == "mixed"],
+            count,
+            lambda task: task.tokens in LENGTHS and task.copied >= 0.8,
+        ),
+        "not_copied": first_tasks(
+            guard.refiner,
+            [row for row in rows if row["kind"] == "harmful"],
+            count,
+            lambda task: task.tokens >= 8 and task.copied <= 0.2,
+        ),
+    }
+
+
+def first_tasks(
+    refiner: Refiner, rows: list[dict[str, Any]], count: int, wanted: Callable[[Task], bool]
+) -> list[Task]:
+    """The first tasks of the records that are wanted."""
+    found: list[Task] = []
+    for row in rows:
+        if len(found) == count:
             break
-    return sets
+        critique = "\n".join(row["gradient"].values())
+        made = refiner.rewrite(refiner.read(row["prompt"]), critique)
+        kept = common_length(made.ids, refiner.tokenizer.encode(row["prompt"]))
+        task = Task(row["prompt"], critique, len(made.ids) + 1, kept / max(1, len(made.ids)))
+        if wanted(task):
+            found.append(task)
+    return found
 
 
 def measure(
@@ -131,7 +148,7 @@ def measure(
     return {
         "tasks": len(tasks),
         "tokens_mean": float(np.mean([task.tokens for task in tasks])),
-        "drafted_and_accepted_share": float(np.mean([task.copied for task in tasks])),
+        "copied_share": float(np.mean([task.copied for task in tasks])),
         "tokens_per_step": sum(task.tokens for task in tasks) / runs,
         "contestants": {
             name: {

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 from lance_edge.errors import InvalidPrompt
@@ -133,13 +133,13 @@ def kept_in_order(wanted: Sequence[str], found: Sequence[str]) -> float:
     return common_length(wanted, found) / len(wanted) if wanted else 1.0
 
 
-def common_length(a: Sequence[str], b: Sequence[str]) -> int:
+def common_length(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
     """The length of the longest common subsequence.
 
     Bit-parallel (Hyyro, "Bit-parallel LCS-length computation revisited", 2004): bit i of `open_` is
     0 where the subsequence of a's first i + 1 words is longer than that of its first i.
     """
-    places: dict[str, int] = {}
+    places: dict[Hashable, int] = {}
     for index, word in enumerate(a):
         places[word] = places.get(word, 0) | 1 << index
     every = (1 << len(a)) - 1

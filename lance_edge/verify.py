@@ -28,7 +28,10 @@ class GoldenCheck:
 
 
 def check_goldens(pipeline: Pipeline) -> GoldenCheck:
-    """Screen the bundle's golden prompts and compare. The pipeline must use the bundle's thresholds."""
+    """Screen the bundle's golden prompts and compare.
+
+    The pipeline must use the bundle's thresholds and the first look alone, as the goldens do.
+    """
     goldens = pipeline.bundle.goldens()
     verdicts = pipeline.screen_many([golden.prompt for golden in goldens])
     difference = max(

@@ -30,6 +30,6 @@ def guard(tiny_bundle: Path) -> Iterator[lance_edge.Pipeline]:
 
 @pytest.fixture(scope="session")
 def default_guard() -> Iterator[lance_edge.Pipeline]:
-    """A pipeline on the bundle that is installed with the package."""
-    with lance_edge.load(device="cpu") as pipeline:
+    """A first look by the bundle that is installed with the package, pulled refiner or not."""
+    with lance_edge.load(device="cpu", looks="1") as pipeline:
         yield pipeline

@@ -34,7 +34,7 @@ BENIGN = (
 
 @pytest.fixture(scope="module", params=DEVICES)
 def guard(request: pytest.FixtureRequest) -> Iterator[lance_edge.Pipeline]:
-    with lance_edge.load(device=request.param) as pipeline:
+    with lance_edge.load(device=request.param, looks="1") as pipeline:
         yield pipeline
 
 
