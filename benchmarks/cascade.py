@@ -6,6 +6,7 @@ development data; the cost of a verdict on plain benign prompts, as they come.
 
 from __future__ import annotations
 
+import random
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +27,9 @@ from lance_edge_training.second_look import both, margins, mixed
 def main(
     data: Annotated[Path, typer.Option(help="Folder with prompts/ and pairs/.")],
     bundle: Annotated[Path | None, typer.Option()] = None,
+    sample: Annotated[
+        int | None, typer.Option(min=100, help="Only so many prompts, drawn at random.")
+    ] = None,
     timed: Annotated[int, typer.Option(min=10, help="Plain prompts that are timed.")] = 300,
 ) -> None:
     """Measure and write benchmarks/results/cascade.json."""
@@ -34,6 +38,8 @@ def main(
         assert look is not None
         names = list(policy.categories)
         examples = [e for e in load_examples(data, "dev", names) if half(e) == "report"]
+        if sample is not None:
+            examples = random.Random(5).sample(examples, sample)
         plain = [examples[i].prompt for i in evaluation_sets(examples)["benign/plain"]]
         cost = timings(guard, plain[:timed])
         first, deviation, latent = both(guard, examples)

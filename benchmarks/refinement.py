@@ -126,7 +126,7 @@ def similarity(
     records: list[dict[str, Any]], verdicts: list[Verdict], text: Any
 ) -> dict[str, float]:
     """chrF of first rewrites against the references, and of the prompts, for comparison."""
-    pairs = [(r, v) for r, v in zip(records, verdicts, strict=True) if v.steps]
+    pairs = compared(records, verdicts)
     return {
         "records": len(pairs),
         "chrf": float(np.mean([chrf(text(v), r["refined"]) for r, v in pairs])),
@@ -134,23 +134,26 @@ def similarity(
     }
 
 
+def compared(records: list[dict[str, Any]], verdicts: list[Verdict]) -> Pairs:
+    """The records whose first rewrite is compared with the reference: every second that has one."""
+    pairs = zip(records, verdicts, strict=True)
+    return [(r, v) for r, v in pairs if v.steps and r["action"] == "rewrite"][::2]
+
+
 def without_critique(
     guard: lance_edge.Pipeline, records: list[dict[str, Any]], verdicts: list[Verdict]
 ) -> dict[str, float]:
     """The same rewrites with an empty critique."""
     scores = []
-    for record, verdict in tqdm(
-        [pair for pair in zip(records, verdicts, strict=True) if pair[1].steps], mininterval=10
-    ):
+    for record, _ in tqdm(compared(records, verdicts), mininterval=10):
         reading = guard.refiner.read(record["prompt"])
         scores.append(chrf(guard.refiner.rewrite(reading, "").text, record["refined"]))
-        assert verdict.steps
     return {"records": len(scores), "chrf": float(np.mean(scores))}
 
 
 def chrf(text: str, reference: str) -> float:
     """Character n-gram F-score, 0..100 (Popovic, WMT 2015)."""
-    if not text.strip():
+    if not text.strip() or not reference.strip():
         return 0.0
     return float(CHRF().sentence_score(text, [reference]).score)
 

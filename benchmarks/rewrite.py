@@ -54,11 +54,76 @@ class Task:
     copied: float
 
 
+def _generating(model: Any) -> Write:
+    def write(ids: list[int], count: int) -> None:
+        inputs = torch.tensor([ids])
+        with torch.inference_mode():
+            model.generate(
+                inputs,
+                attention_mask=torch.ones_like(inputs),
+                min_new_tokens=count,
+                max_new_tokens=count,
+                do_sample=False,
+                pad_token_id=2,
+            )
+
+    return write
+
+
+def transformers_peer(folder: Path, threads: int) -> Write:
+    """transformers, fp32, eager."""
+    from transformers import AutoModelForCausalLM
+
+    return _generating(AutoModelForCausalLM.from_pretrained(folder).eval())
+
+
+def optimum_peer(folder: Path, threads: int) -> Write:
+    """optimum-onnx, exported here, fp32."""
+    from optimum.onnxruntime import ORTModelForCausalLM
+
+    return _generating(ORTModelForCausalLM.from_pretrained(folder, export=True))
+
+
+def ctranslate2_peer(folder: Path, threads: int) -> Write:
+    """CTranslate2, converted here, int8."""
+    import ctranslate2
+
+    out = folder.with_name("ctranslate2")
+    command = [str(Path(sys.executable).with_name("ct2-transformers-converter"))]
+    subprocess.run(
+        [*command, "--model", str(folder), "--output_dir", str(out), "--quantization", "int8"],
+        check=True,
+        capture_output=True,
+    )
+    generator = ctranslate2.Generator(str(out), device="cpu", intra_threads=threads)
+    tokens = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    by_id = {index: token for token, index in tokens.items()}
+
+    def write(ids: list[int], count: int) -> None:
+        generator.generate_batch(
+            [[by_id[index] for index in ids]],
+            min_length=count,
+            max_length=count,
+            sampling_topk=1,
+            include_prompt_in_result=False,
+        )
+
+    return write
+
+
+PEERS = {
+    "transformers": transformers_peer,
+    "optimum": optimum_peer,
+    "ctranslate2": ctranslate2_peer,
+}
+
+
 def main(
     checkpoint: Annotated[Path, typer.Option(help="Checkpoint of the bundle's refiner.")],
     base: Annotated[Path, typer.Option(help="GGUF file of the base model.")],
     data: Annotated[Path, typer.Option(help="Folder with pairs/.")],
     bundle: Annotated[Path | None, typer.Option()] = None,
+    peers: Annotated[str, typer.Option(help="Which of them, with commas.")] = ",".join(PEERS),
     tasks: Annotated[int, typer.Option(min=3, help="Rewrites in each set.")] = 20,
     repeats: Annotated[int, typer.Option(min=1)] = 3,
     threads: Annotated[int, typer.Option(min=1)] = 2,
@@ -67,11 +132,7 @@ def main(
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
         merged = merge(checkpoint, base, Path(folder) / "merged")
-        peers: dict[str, Write] = {
-            "transformers": transformers_peer(merged),
-            "optimum": optimum_peer(merged),
-            "ctranslate2": ctranslate2_peer(merged, Path(folder) / "ct2", threads),
-        }
+        opened = {name: PEERS[name](merged, threads) for name in peers.split(",")}
         with lance_edge.load(bundle, "cpu", threads=threads) as guard:
             found = find_tasks(guard, data, tasks)
             result = {
@@ -79,7 +140,7 @@ def main(
                 "bundle": guard.bundle.sha256,
                 "threads": threads,
                 "sets": {
-                    name: measure(guard.refiner, chosen, peers, repeats)
+                    name: measure(guard.refiner, chosen, opened, repeats)
                     for name, chosen in found.items()
                 },
                 "step_ms": step_times(guard.refiner),
@@ -215,62 +276,6 @@ def merge(checkpoint: Path, base: Path, folder: Path) -> Path:
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return folder
-
-
-def transformers_peer(folder: Path) -> Write:
-    """transformers, fp32, eager."""
-    from transformers import AutoModelForCausalLM
-
-    return _generating(AutoModelForCausalLM.from_pretrained(folder).eval())
-
-
-def optimum_peer(folder: Path) -> Write:
-    """optimum-onnx, exported here, fp32."""
-    from optimum.onnxruntime import ORTModelForCausalLM
-
-    return _generating(ORTModelForCausalLM.from_pretrained(folder, export=True))
-
-
-def ctranslate2_peer(folder: Path, out: Path, threads: int) -> Write:
-    """CTranslate2, converted here, int8."""
-    import ctranslate2
-
-    command = [str(Path(sys.executable).with_name("ct2-transformers-converter"))]
-    subprocess.run(
-        [*command, "--model", str(folder), "--output_dir", str(out), "--quantization", "int8"],
-        check=True,
-        capture_output=True,
-    )
-    generator = ctranslate2.Generator(str(out), device="cpu", intra_threads=threads)
-    tokens = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
-    by_id = {index: token for token, index in tokens.items()}
-
-    def write(ids: list[int], count: int) -> None:
-        generator.generate_batch(
-            [[by_id[index] for index in ids]],
-            min_length=count,
-            max_length=count,
-            sampling_topk=1,
-            include_prompt_in_result=False,
-        )
-
-    return write
-
-
-def _generating(model: Any) -> Write:
-    def write(ids: list[int], count: int) -> None:
-        inputs = torch.tensor([ids])
-        with torch.inference_mode():
-            model.generate(
-                inputs,
-                attention_mask=torch.ones_like(inputs),
-                min_new_tokens=count,
-                max_new_tokens=count,
-                do_sample=False,
-                pad_token_id=2,
-            )
-
-    return write
 
 
 if __name__ == "__main__":
