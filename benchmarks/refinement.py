@@ -35,11 +35,13 @@ def main(
     data: Annotated[Path, typer.Option(help="Folder with pairs/.")],
     bundle: Annotated[Path | None, typer.Option()] = None,
     looks: Annotated[str, typer.Option(help="1, 2 or auto")] = "auto",
-    rows: Annotated[int | None, typer.Option(help="Only so many records.")] = None,
+    rows: Annotated[int | None, typer.Option(help="Only so many records, drawn at random.")] = None,
     name: Annotated[str, typer.Option(help="Name of the result file.")] = "refinement",
 ) -> None:
     """Measure and write benchmarks/results/NAME.json."""
-    records = list(read_rows(data / "pairs" / "test.jsonl"))[:rows]
+    records = list(read_rows(data / "pairs" / "test.jsonl"))
+    if rows is not None:
+        records = random.Random(11).sample(records, rows)
     with lance_edge.load(bundle, "cpu", looks=looks) as guard:  # type: ignore[arg-type]
         verdicts = [guard.refine(record["prompt"]) for record in tqdm(records, mininterval=10)]
         blank = without_critique(guard, records, verdicts)
@@ -197,7 +199,7 @@ def write_examples(records: list[dict[str, Any]], verdicts: list[Verdict]) -> No
                 if verdict.steps and not verdict.refined
                 else []
             ),
-            "- reference: " + _quoted(record["refined"]),
+            "- reference: " + _quoted(record["refined"] or "none: to be blocked"),
             "",
         ]
     EXAMPLES.write_text("\n".join(lines), encoding="utf-8")

@@ -22,6 +22,8 @@ def main() -> None:
         path = DOCS / page
         text = path.read_text(encoding="utf-8")
         for name, table in TABLES.items():
+            if f"<!-- {name} -->" not in text:
+                continue
             text = re.sub(
                 rf"(<!-- {name} -->\n).*?(<!-- end -->)",
                 lambda match, table=table: match[1] + table() + "\n" + match[2],
