@@ -12,9 +12,13 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from io import BytesIO
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import numpy as np
+import numpy.typing as npt
 
 from lance_edge.errors import BundleCorrupt, BundleError, BundleFileMissing
 from lance_edge.llama import LlamaShape
@@ -293,6 +297,11 @@ class Bundle:
             raise BundleError(f"{self.path / MANIFEST} names {name} but has no hash for it")
         return _read_verified(self.path, name, entry)
 
+    def arrays(self, name: str) -> dict[str, npt.NDArray[Any]]:
+        """The arrays of an .npz file, by name. Raises BundleFileMissing or BundleCorrupt."""
+        with np.load(BytesIO(self.read(name)), allow_pickle=False) as archive:
+            return {key: archive[key] for key in archive.files}
+
     def goldens(self) -> list[Golden]:
         """The golden prompts. Raises BundleError if they do not fit the taxonomy."""
         path = self.path / self.manifest.goldens
@@ -341,12 +350,12 @@ def default_bundle() -> Path:
     return Path(__file__).parent / "bundles" / "default"
 
 
-def open_bundle(path: str | os.PathLike[str]) -> Bundle:
-    """Read a bundle's manifest, taxonomy and calibration.
+def open_bundle(path: str | os.PathLike[str] | None = None) -> Bundle:
+    """Read a bundle's manifest, taxonomy and calibration; the default one's if no path is given.
 
     Raises BundleFileMissing, BundleCorrupt, or BundleError for what this version does not know.
     """
-    folder = Path(path)
+    folder = default_bundle() if path is None else Path(path)
     if not (folder / MANIFEST).is_file():
         raise BundleFileMissing(folder / MANIFEST)
     contents = (folder / MANIFEST).read_bytes()

@@ -13,10 +13,9 @@ import numpy as np
 
 from lance_edge.bundle import Bundle, RefinerSpec
 from lance_edge.errors import BundleCorrupt, BundleError, RefinerMissing
-from lance_edge.weights import Array, Precision, layout, total_bytes
+from lance_edge.weights import WEIGHTS, Array, Precision, layout, total_bytes
 
 CHUNK = 2**22  # bytes
-WEIGHTS = "refiner.weights"
 
 
 def cache_folder() -> Path:

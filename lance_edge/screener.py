@@ -134,7 +134,7 @@ class Screener:
         return WindowLabels(
             window,
             severity,
-            np.sqrt(severity * (1 - severity) * (1 - 1 / spread)),
+            severity_deviation(severity, spread),
             contributions[: len(window.ids)] * (self._slope / spread),
             score_ms,
         )
@@ -146,16 +146,19 @@ def both_looks(first: Labels, mean: FloatArray, deviation: FloatArray, share: fl
     mean, deviation  calibrated  [C]
     share            of the second look in the mix, 0..1
     """
-    spread = spread_of(deviation)
-    mixed = (1 - share) * logit(first.severity) + share * mean / spread
-    severity = sigmoid(mixed)
-    second = np.sqrt(severity * (1 - severity) * (1 - 1 / spread))
+    severity = mix(first.severity, mean, deviation, share)
+    second = severity_deviation(severity, spread_of(deviation))
     return replace(
         first,
         severity=severity,
         deviation=(1 - share) * first.deviation + share * second,
         distribution=distribution(severity),
     )
+
+
+def mix(severity: FloatArray, mean: FloatArray, deviation: FloatArray, share: float) -> FloatArray:
+    """Severities of both looks: the second's latent ones mixed with the first's logits  [..., C]"""
+    return sigmoid((1 - share) * logit(severity) + share * mean / spread_of(deviation))
 
 
 def runs(lengths: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
@@ -200,6 +203,12 @@ def spread_of(deviation: FloatArray) -> FloatArray:
     MacKay, Neural Computation 4(5), 1992; the variance after Daunizeau, arXiv 1703.00091.
     """
     result: FloatArray = np.sqrt(1 + math.pi * deviation**2 / 8)
+    return result
+
+
+def severity_deviation(severity: FloatArray, spread: FloatArray) -> FloatArray:
+    """The standard deviation that `spread_of` explains."""
+    result: FloatArray = np.sqrt(severity * (1 - severity) * (1 - 1 / spread))
     return result
 
 

@@ -8,7 +8,7 @@ of summation does not matter; all else is element by element.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from lance_edge.llama import LINEARS, GgufLlama, LlamaShape
 Array = npt.NDArray[Any]
 Precision = Literal["fp32", "int8"]
 
+WEIGHTS = "refiner.weights"  # the file's name, in a bundle and in the graph
 ALIGNMENT = 64  # bytes
 # Weights and activations are both -LEVELS..LEVELS: AVX2 adds pairs of u8 x s8 products in 16 bits,
 # and 2 * 180 * 90 just fits. Halving one side for a full 8 bits of the other would lose more.
@@ -92,6 +93,18 @@ def matrix_sizes(shape: LlamaShape) -> dict[str, tuple[int, int]]:
 def total_bytes(entries: list[Entry]) -> int:
     """The size of a weights file."""
     return entries[-1].offset + entries[-1].bytes
+
+
+def contents(
+    entries: list[Entry], made: Iterable[tuple[str, Array]]
+) -> Iterator[tuple[Entry, bytes | memoryview]]:
+    """The bytes of a weights file, one array after the other, each with the gap before it."""
+    end = 0
+    for entry, (name, array) in zip(entries, made, strict=True):
+        assert (entry.name, entry.shape, entry.dtype) == (name, array.shape, array.dtype)
+        yield entry, b"\0" * (entry.offset - end)
+        yield entry, np.ascontiguousarray(array).data.cast("B")
+        end = entry.offset + entry.bytes
 
 
 def make_weights(

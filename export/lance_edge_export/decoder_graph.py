@@ -18,10 +18,9 @@ import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from lance_edge.llama import LlamaShape
-from lance_edge.weights import LEVELS, Entry, Precision, gate_block, hadamard, layout
+from lance_edge.weights import LEVELS, WEIGHTS, Entry, Precision, gate_block, hadamard, layout
 from lance_edge_export.graph import FLOAT, node
 
-WEIGHTS = "refiner.weights"
 OPSET, CONTRIB, IR = 21, "com.microsoft", 10
 
 

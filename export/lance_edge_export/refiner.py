@@ -20,8 +20,9 @@ from lance_edge.decoder import Decoder
 from lance_edge.gguf import Gguf
 from lance_edge.language import LanguageTokenizer
 from lance_edge.llama import GgufLlama
-from lance_edge.weights import Array, Precision, layout, make_weights
+from lance_edge.weights import Array, Precision, contents, layout, make_weights, total_bytes
 from lance_edge_engines import Session, open_session
+from lance_edge_engines.session import PAST
 from lance_edge_export.decoder_graph import decoder_graph
 from lance_edge_export.delta import factors
 from lance_edge_export.parity import ParityError
@@ -62,11 +63,11 @@ def export_refiner(
     Raises ParityError if a stage changes more than it may.
     """
     trained, description = load_refiner(checkpoint, base)
-    contents = base.read_bytes()
-    found = hashlib.sha256(contents).hexdigest()
+    gguf = base.read_bytes()
+    found = hashlib.sha256(gguf).hexdigest()
     if found != description["base_sha256"]:
         raise ValueError(f"{base} is not the file that {checkpoint} was trained from")
-    network = GgufLlama(Gguf(memoryview(contents)))
+    network = GgufLlama(Gguf(memoryview(gguf)))
     categories: list[str] = description["categories"]
     template = Template(**description["template"])
     serialized = (checkpoint / "tokenizer.json").read_bytes()
@@ -101,7 +102,7 @@ def export_refiner(
         least_kept=least_kept,
         shape=network.shape,
         template=template,
-        base=BaseSpec(package, member, found, len(contents)),
+        base=BaseSpec(package, member, found, len(gguf)),
         weights=FileEntry(digest, size),
     )
     graph = decoder_graph(network.shape, len(categories), "int8", CONTEXT)
@@ -126,16 +127,13 @@ def sample_ids(
 
 def prefix_arrays(session: Session, tokenizer: LanguageTokenizer) -> dict[str, Array]:
     """Keys and values of the template's first tokens, as a state's arrays."""
-    tokens = len(tokenizer.prefix)
-    state = session.allocate(tokens)
-    inputs: dict[str, Array] = {
-        "ids": np.array([tokenizer.prefix], np.int64),
-        "past": np.array([0], np.int32),
-        "first": np.array([tokens - 1], np.int64),
-    }
-    session.run(inputs, state)
-    names = [spec.name.removeprefix("past.") for spec in session.inputs if "past." in spec.name]
-    return {name: state.read(name) for name in names}
+    ids = tokenizer.prefix
+    reader = Decoder(session, {}, 0, CONTEXT)
+    read = reader.start(len(ids))
+    reader.step(read, ids, first=len(ids) - 1)
+    kept = [spec.name for spec in session.inputs if spec.name.startswith(PAST)]
+    names = [name.removeprefix(PAST) for name in kept]
+    return {name: read.state.read(name)[:, :, : len(ids)] for name in names}
 
 
 def compare_tokens(
@@ -156,14 +154,11 @@ def hash_weights(
     network: GgufLlama, delta: Mapping[str, Array], categories: int, precision: Precision
 ) -> tuple[str, int]:
     """SHA-256 and size of the weights file that base and delta make."""
-    digest, position = hashlib.sha256(), 0
+    digest = hashlib.sha256()
     entries = layout(network.shape, categories, precision)
-    made = make_weights(network, delta, precision)
-    for entry, (_, array) in zip(entries, made, strict=True):
-        digest.update(b"\0" * (entry.offset - position))
-        digest.update(np.ascontiguousarray(array).data)
-        position = entry.offset + entry.bytes
-    return digest.hexdigest(), position
+    for _, part in contents(entries, make_weights(network, delta, precision)):
+        digest.update(part)
+    return digest.hexdigest(), total_bytes(entries)
 
 
 def second_look(checkpoint: Path, categories: Sequence[str]) -> bytes:

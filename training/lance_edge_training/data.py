@@ -11,10 +11,10 @@ from __future__ import annotations
 import gzip
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from torch import Tensor
 from lance_edge.tokenizer import Tokenizer
 
 Supervision = Literal["all", "binary"]
+T = TypeVar("T")
 
 HARMFUL_SEVERITY = 0.5  # a category is positive, and a prompt harmful, from here on
 BENIGN_SEVERITY = 0.2  # a prompt is benign up to here; between the two it counts as neither
@@ -214,42 +215,61 @@ class Corpus:
             if not example.easy or rng.random() < self.easy_share
         ]
         order = sorted(dealt_rows, key=jitter.__getitem__)
-        dealt: list[list[int]] = [[]]
-        longest = 0
-        for index in order:
-            longest = max(longest, len(self._windows[index].ids))
-            if dealt[-1] and longest * (len(dealt[-1]) + 1) > self.tokens_per_batch:
-                dealt.append([])
-                longest = len(self._windows[index].ids)
-            dealt[-1].append(index)
+        dealt = fill_batches(order, lambda i: len(self._windows[i].ids), self.tokens_per_batch)
         rng.shuffle(dealt)
         return dealt if order else []
 
     def collate(self, indices: Sequence[int], rng: random.Random) -> Batch:
         """The tensors of one batch. `rng` decides which labels of graded rows the posterior sees."""
         rows, tokens = len(indices), max(len(self._windows[i].ids) for i in indices)
-        cells = (rows, len(self.categories))
         ids, mask, span = (torch.zeros(rows, tokens, dtype=torch.long) for _ in range(3))
-        coarse, observed, severity = (torch.zeros(cells) for _ in range(3))
-        graded, harmful = torch.zeros(rows), torch.full((rows,), -1.0)
         for row, index in enumerate(indices):
             example, window = self.examples[index], self._windows[index]
             length = len(window.ids)
             ids[row, :length] = torch.from_numpy(window.ids)
             mask[row, :length] = 1
             span[row, :length] = _span_tokens(example, window.offsets.tolist())
-            if example.harmful is not None:
-                harmful[row] = float(example.harmful)
-            labels = example.labels
-            if example.severity is not None:
-                graded[row] = 1
-                for name, value in example.severity.items():
-                    severity[row, self.categories.index(name)] = value
-                labels = coarse_view(example, self.categories, rng)
-            for name, value in labels.items():
-                coarse[row, self.categories.index(name)] = value
-                observed[row, self.categories.index(name)] = 1
-        return Batch(ids, mask, coarse, observed, severity, graded, harmful, span)
+        examples = [self.examples[index] for index in indices]
+        return Batch(ids, mask, *label_tensors(examples, self.categories, rng), span)
+
+
+def fill_batches(
+    items: Iterable[T], length: Callable[[T], int], tokens_per_batch: int
+) -> list[list[T]]:
+    """Items in their order, as many to a batch as fit when each is padded to the longest."""
+    batches: list[list[T]] = [[]]
+    longest = 0
+    for item in items:
+        longest = max(longest, length(item))
+        if batches[-1] and longest * (len(batches[-1]) + 1) > tokens_per_batch:
+            batches.append([])
+            longest = length(item)
+        batches[-1].append(item)
+    return batches
+
+
+def label_tensors(
+    examples: Sequence[Example], categories: Sequence[str], rng: random.Random
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """coarse, observed, severity, graded and harmful of a Batch.
+
+    rng  decides which labels of graded rows the posterior sees
+    """
+    coarse, observed, severity = (torch.zeros(len(examples), len(categories)) for _ in range(3))
+    graded, harmful = torch.zeros(len(examples)), torch.full((len(examples),), -1.0)
+    for row, example in enumerate(examples):
+        if example.harmful is not None:
+            harmful[row] = float(example.harmful)
+        labels = example.labels
+        if example.severity is not None:
+            graded[row] = 1
+            for name, value in example.severity.items():
+                severity[row, categories.index(name)] = value
+            labels = coarse_view(example, categories, rng)
+        for name, value in labels.items():
+            coarse[row, categories.index(name)] = value
+            observed[row, categories.index(name)] = 1
+    return coarse, observed, severity, graded, harmful
 
 
 def coarse_view(

@@ -22,6 +22,7 @@ from lance_edge_training.checkpoint import new_screener, save_screener
 from lance_edge_training.data import Batch, Corpus, Example, Supervision, binarise, load_examples
 from lance_edge_training.model import Enhancer, HeadKind, Screener
 from lance_edge_training.objective import Weights, plain_terms, total, variational_terms
+from lance_edge_training.schedule import warm_then_linear
 
 DEFAULT_TAXONOMY = Path(__file__).with_name("default_taxonomy.json")
 
@@ -121,10 +122,7 @@ class Trainer:
         return variational_terms(reading, self.enhancer, batch, self.weights, anneal)
 
     def _rate(self, step: int) -> float:
-        warmup = max(1.0, self.settings.warmup * self.steps)
-        if step < warmup:
-            return (step + 1) / warmup
-        return max(0.0, (self.steps - step) / max(1.0, self.steps - warmup))
+        return warm_then_linear(step, self.steps, self.settings.warmup)
 
     def _head_parameters(self) -> list[nn.Parameter]:
         enhancer = [] if self.enhancer is None else list(self.enhancer.parameters())

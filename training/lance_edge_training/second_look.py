@@ -21,7 +21,7 @@ from tqdm import tqdm
 import lance_edge
 from lance_edge.bundle import Calibration, SecondLook
 from lance_edge.policy import Policy
-from lance_edge.screener import FloatArray, logit, sigmoid, spread_of
+from lance_edge.screener import FloatArray, mix
 from lance_edge_training.calibrate import fit
 from lance_edge_training.checkpoint import write_json
 from lance_edge_training.data import Example, load_examples
@@ -69,8 +69,7 @@ def mixed(
     first: FloatArray, latent: Latents, slope: FloatArray, intercept: FloatArray, share: float
 ) -> FloatArray:
     """Severities of both looks; the first's where there is no second  [n, C]"""
-    second = (slope * latent.mean + intercept) / spread_of(slope * latent.deviation)
-    result = sigmoid((1 - share) * logit(first) + share * second)
+    result = mix(first, slope * latent.mean + intercept, slope * latent.deviation, share)
     return np.where(np.isnan(result), first, result)
 
 
