@@ -37,7 +37,14 @@ from lance_edge_training import second_look
 from lance_edge_training.base_model import base_tokenizer, load_base
 from lance_edge_training.data import Example
 from lance_edge_training.lowrank import LowRank, low_rank_layers
-from lance_edge_training.records import IGNORED, Composer, Record, RecordCorpus, load_records
+from lance_edge_training.records import (
+    IGNORED,
+    Composer,
+    Record,
+    RecordCorpus,
+    load_records,
+    turns,
+)
 
 pytestmark = pytest.mark.train
 
@@ -193,6 +200,64 @@ def test_a_sequence_writes_the_rewrite_after_the_critique(data: Path) -> None:
         targets = batch.targets[line]
         assert targets[targets != IGNORED].tolist() == row.ids[row.written :]
         assert batch.read[line] == row.read
+
+
+@pytest.mark.parametrize(
+    ("prompt", "written", "expected"),
+    [
+        ("a b c .", "a b c .", []),  # copied to the end
+        ("a b c .", "a x c .", [1]),  # the first token of the edit, not the return to the prompt
+        ("a b c .", "x a b c .", [0]),
+        ("a b c .", "a c .", [1]),  # a deletion shows in the token after it
+        ("a b c .", "x y .", [0]),
+        ("a b .", "a b c d .", [2]),
+    ],
+)
+def test_a_rewrite_turns_where_it_leaves_the_prompt(
+    prompt: str, written: str, expected: list[int]
+) -> None:
+    ids = {token: index for index, token in enumerate("abcdxy.")}
+    assert turns([ids[t] for t in prompt.split()], [ids[t] for t in written.split()]) == expected
+
+
+def test_turns_count_as_often_as_the_settings_say(data: Path, base: Path) -> None:
+    dealt = corpus(data)
+    written = [
+        row
+        for rows in dealt.batches(0)
+        for row in rows
+        if dealt.records[row[0]].refined is not None
+    ]
+    batch = dealt.collate(written, random.Random(0))
+    assert batch.turning.any()
+    assert (batch.targets[batch.turning] != IGNORED).all()
+
+    def loss(turn_weight: float, batch: Any) -> float:
+        torch.manual_seed(0)
+        settings = trainer.RefinerSettings(turn_weight=turn_weight)
+        with torch.inference_mode():
+            made = trainer.Refiner(load_base(base), len(CATEGORIES), settings)
+            return float(made.eval()(batch)[0])
+
+    only_turns = replace(
+        batch, targets=torch.where(batch.turning, batch.targets, torch.tensor(IGNORED))
+    )
+    plain, heavy, turning = loss(1.0, batch), loss(1e6, batch), loss(1.0, only_turns)
+    assert heavy == pytest.approx(turning, rel=1e-3)
+    assert heavy != pytest.approx(plain, rel=1e-3)
+
+
+def test_a_run_may_start_from_the_weights_of_another(
+    data: Path, base: Path, bundle: Path, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    run(data, base, bundle, first, "--epochs", "1", "--save-every", "1")
+    options = ("--epochs", "1", "--steps", "1", "--delta-rate", "0", "--save-every", "1")
+    run(data, base, bundle, second, *options, "--start", str(first / "training.pt"))
+    before, after = (exporter.load_file(f / "delta.safetensors") for f in (first, second))
+    assert all(np.allclose(before[name], after[name]) for name in before)
+    provenance = json.loads((second / "refiner.json").read_text())["provenance"]
+    assert provenance["started_from"]["settings"]["epochs"] == 1
 
 
 def test_batches_follow_from_seed_and_epoch(data: Path) -> None:

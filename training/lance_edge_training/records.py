@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from pathlib import Path
 
 import torch
@@ -22,7 +23,8 @@ from lance_edge.verdict import Gradient
 from lance_edge_training.data import (
     Batch,
     Example,
-    coarse_view,
+    fill_batches,
+    label_tensors,
     pair_examples,
     prompt_example,
     read_rows,
@@ -130,11 +132,31 @@ class Composer:
 
 @dataclass(frozen=True)
 class TokenRow:
-    """Token ids of one sequence; `read` is where the second look reads, `written` where the rewrite starts."""
+    """One sequence.
+
+    ids      all its tokens
+    prompt   those of the prompt, and the one that ends a rewrite
+    read     where the second look reads
+    written  where the rewrite starts
+    """
 
     ids: list[int]
+    prompt: list[int]
     read: int
     written: int
+
+
+def turns(prompt: Sequence[int], written: Sequence[int]) -> list[int]:
+    """Where the written tokens leave the prompt they copied: an edit's first token, each time.
+
+    There, many rewordings share what one copied token has for itself, and greedy decoding takes
+    the copy unless the edits outweigh it one by one.
+    """
+    blocks = SequenceMatcher(None, prompt, written, autojunk=False).get_matching_blocks()
+    ends = {block.b + block.size for block in blocks if block.size}
+    if not (blocks[0].size and blocks[0].a == blocks[0].b == 0):
+        ends.add(0)
+    return sorted(end for end in ends if end < len(written))
 
 
 class RecordCorpus:
@@ -175,59 +197,46 @@ class RecordCorpus:
             if len(sequence.ids) <= self._longest:
                 dealt.append((len(sequence.ids) * rng.uniform(0.95, 1.05), index, sequence))
         dealt.sort(key=lambda item: item[0])
-        result: list[list[tuple[int, TokenRow]]] = [[]]
-        longest = 0
-        for _, index, sequence in dealt:
-            longest = max(longest, len(sequence.ids))
-            if result[-1] and longest * (len(result[-1]) + 1) > self._tokens_per_batch:
-                result.append([])
-                longest = len(sequence.ids)
-            result[-1].append((index, sequence))
+        rows = [(index, sequence) for _, index, sequence in dealt]
+        result = fill_batches(rows, lambda row: len(row[1].ids), self._tokens_per_batch)
         rng.shuffle(result)
         return result
 
     def _sequence(self, record: Record, kind: str) -> TokenRow:
         tokenizer = self._tokenizer
-        ids = tokenizer.before_critique(tokenizer.encode(record.example.prompt))
-        read = len(ids) - 1
+        prompt = tokenizer.encode(record.example.prompt)
+        ids = tokenizer.before_critique(prompt)
+        prompt, read = [*prompt, tokenizer.end], len(ids) - 1
         if record.refined is None:
-            return TokenRow(ids, read, len(ids))
+            return TokenRow(ids, prompt, read, len(ids))
         ids = ids + tokenizer.after_prompt(self._composer.critique(record, kind))
         written = len(ids)
-        return TokenRow([*ids, *tokenizer.encode(record.refined), tokenizer.end], read, written)
+        ids = [*ids, *tokenizer.encode(record.refined), tokenizer.end]
+        return TokenRow(ids, prompt, read, written)
 
     def collate(self, rows: Sequence[tuple[int, TokenRow]], rng: random.Random) -> RecordBatch:
         """The tensors of one batch; padding stands at the right, where nothing attends to it."""
         tokens = max(len(sequence.ids) for _, sequence in rows)
         ids = torch.zeros(len(rows), tokens, dtype=torch.long)
         targets = torch.full((len(rows), tokens), IGNORED)
+        turning = torch.zeros(len(rows), tokens, dtype=torch.bool)
         for row, (_, sequence) in enumerate(rows):
             ids[row, : len(sequence.ids)] = torch.tensor(sequence.ids)
-            written = torch.tensor(sequence.ids[sequence.written :], dtype=torch.long)
+            written = sequence.ids[sequence.written :]
             # The state at a position predicts the next token.
-            targets[row, sequence.written - 1 : len(sequence.ids) - 1] = written
+            start = sequence.written - 1
+            targets[row, start : start + len(written)] = torch.tensor(written, dtype=torch.long)
+            for turn in turns(sequence.prompt, written):
+                turning[row, start + turn] = True
         read = torch.tensor([sequence.read for _, sequence in rows])
-        return RecordBatch(ids, targets, read, self._labels([index for index, _ in rows], rng))
+        labels = self._labels([index for index, _ in rows], rng)
+        return RecordBatch(ids, targets, turning, read, labels)
 
     def _labels(self, indices: Sequence[int], rng: random.Random) -> Batch:
-        rows, width = len(indices), len(self.categories)
-        coarse, observed, severity = (torch.zeros(rows, width) for _ in range(3))
-        graded, harmful = torch.zeros(rows), torch.full((rows,), -1.0)
-        for row, index in enumerate(indices):
-            example = self.records[index].example
-            if example.harmful is not None:
-                harmful[row] = float(example.harmful)
-            labels = example.labels
-            if example.severity is not None:
-                graded[row] = 1
-                for name, value in example.severity.items():
-                    severity[row, self.categories.index(name)] = value
-                labels = coarse_view(example, self.categories, rng)
-            for name, value in labels.items():
-                coarse[row, self.categories.index(name)] = value
-                observed[row, self.categories.index(name)] = 1
-        nothing = torch.zeros(rows, 1)
-        return Batch(nothing.long(), nothing, coarse, observed, severity, graded, harmful, nothing)
+        examples = [self.records[index].example for index in indices]
+        labels = label_tensors(examples, self.categories, rng)
+        nothing = torch.zeros(len(indices), 1)
+        return Batch(nothing.long(), nothing, *labels, nothing)
 
 
 @dataclass(frozen=True)
@@ -236,12 +245,14 @@ class RecordBatch:
 
     ids      [B, T]
     targets  the next token where the rewrite is written, else IGNORED   [B, T]
+    turning  whether that token is an edit's first                       [B, T]
     read     position of the second look   [B]
     labels   what the second look should say; its ids, mask and span are empty
     """
 
     ids: Tensor
     targets: Tensor
+    turning: Tensor
     read: Tensor
     labels: Batch
 
@@ -249,6 +260,7 @@ class RecordBatch:
         return RecordBatch(
             self.ids.to(device),
             self.targets.to(device),
+            self.turning.to(device),
             self.read.to(device),
             self.labels.to(device),
         )

@@ -37,6 +37,7 @@ from lance_edge_training.records import (
     RecordCorpus,
     load_records,
 )
+from lance_edge_training.schedule import warm_then_linear
 
 TEMPLATE = Template(
     prefix="<|im_start|>prompt\n",
@@ -60,6 +61,7 @@ class RefinerSettings:
     tokens_per_batch: int = 1024
     longest: int = 480  # tokens; longer sequences are left out
     written_weight: float = 2.0  # of the rewrite's tokens against the second look's terms
+    turn_weight: float = 1.0  # of an edit's first token against the other tokens of a rewrite
     delta_rate: float = 1e-3
     head_rate: float = 1e-3
     warmup: float = 0.05  # share of all steps
@@ -76,19 +78,21 @@ class Refiner(nn.Module):
         if first is None:
             first = len(network.model.layers) // 3
         add_low_rank(network, first, settings.rank, settings.scale)
+        self.turn_weight = settings.turn_weight
         self.network = network
         self.head = Head(network.config.hidden_size, categories, "variational")
 
     def forward(self, batch: RecordBatch) -> tuple[Tensor, Reading]:
-        """Mean loss of the written tokens, and the second look's reading."""
+        """Weighted mean loss of the written tokens, and the second look's reading."""
         states = self.network.model(input_ids=batch.ids, use_cache=False).last_hidden_state
         written = batch.targets != IGNORED
         logits = self.network.lm_head(states[written])
-        loss = functional.cross_entropy(logits, batch.targets[written], reduction="sum")
+        losses = functional.cross_entropy(logits, batch.targets[written], reduction="none")
+        weights = torch.where(batch.turning[written], self.turn_weight, 1.0)
         rows = torch.arange(len(batch.read), device=states.device)
         read = states[rows, batch.read].unsqueeze(1)
         reading = self.head(read, torch.ones(read.shape[:2], device=read.device))
-        return loss / written.sum().clamp_min(1), reading
+        return (weights * losses).sum() / weights.sum().clamp_min(1), reading
 
 
 class RefinerTrainer:
@@ -119,6 +123,12 @@ class RefinerTrainer:
             weight_decay=settings.weight_decay,
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
+
+    def start_from(self, path: Path) -> None:
+        """Take over the weights of an earlier run's training.pt; its optimiser and position stay."""
+        saved = torch.load(path, map_location=self.device, weights_only=True)
+        self.refiner.load_state_dict(saved["refiner"], strict=False)
+        self.enhancer.load_state_dict(saved["enhancer"])
 
     def run(self, checkpoint: Path, save_every: int) -> None:
         """Train to the end, saving to `checkpoint` every `save_every` steps."""
@@ -157,10 +167,7 @@ class RefinerTrainer:
         return {name: value.item() for name, value in terms.items()}
 
     def _rate(self, step: int) -> float:
-        warmup = max(1.0, self.settings.warmup * self.steps)
-        if step < warmup:
-            return (step + 1) / warmup
-        return max(0.0, (self.steps - step) / max(1.0, self.steps - warmup))
+        return warm_then_linear(step, self.steps, self.settings.warmup)
 
     def _trained(self) -> dict[str, Tensor]:
         return {
@@ -193,6 +200,12 @@ class RefinerTrainer:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.schedule.load_state_dict(saved["schedule"])
         self.step = saved["step"]
+
+
+def earlier_run(path: Path) -> dict[str, Any]:
+    """What became of the run that left this training.pt: its settings and the step it reached."""
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    return {"settings": saved["settings"], "step": saved["step"]}
 
 
 def save_refiner(
@@ -242,13 +255,27 @@ def main(
     epochs: Annotated[int, typer.Option(min=1)] = RefinerSettings.epochs,
     steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many steps.")] = None,
     prompt_share: Annotated[float, typer.Option()] = RefinerSettings.prompt_share,
+    delta_rate: Annotated[float, typer.Option(min=0.0)] = RefinerSettings.delta_rate,
+    turn_weight: Annotated[
+        float, typer.Option(min=0.0, help="Weight of an edit's first token.")
+    ] = RefinerSettings.turn_weight,
+    start: Annotated[
+        Path | None, typer.Option(help="training.pt of an earlier run, to go on from its weights.")
+    ] = None,
     seed: Annotated[int, typer.Option()] = RefinerSettings.seed,
     device: Annotated[str, typer.Option(help="cpu, or cuda:0")] = "cpu",
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 50,
     rows: Annotated[int | None, typer.Option(min=1, help="Use this many pairs only.")] = None,
 ) -> None:
     """Train the refiner with its second look, and save it as a checkpoint for the export."""
-    settings = RefinerSettings(epochs=epochs, steps=steps, prompt_share=prompt_share, seed=seed)
+    settings = RefinerSettings(
+        epochs=epochs,
+        steps=steps,
+        prompt_share=prompt_share,
+        delta_rate=delta_rate,
+        turn_weight=turn_weight,
+        seed=seed,
+    )
     torch.manual_seed(seed)
     serialized = base_tokenizer(base).to_str()
     tokenizer = LanguageTokenizer(serialized.encode(), TEMPLATE)
@@ -272,6 +299,8 @@ def main(
     )
     refiner = Refiner(load_base(base), len(categories), settings)
     trainer = RefinerTrainer(refiner, corpus, settings, device)
+    if start:
+        trainer.start_from(start)
     typer.echo(
         f"{len(pairs)} pairs, {len(prompts)} prompts, {trainer.steps} steps on {device}", err=True
     )
@@ -283,6 +312,7 @@ def main(
         "categories": categories,
         "provenance": {
             "settings": asdict(settings),
+            "started_from": earlier_run(start) if start else None,
             "weights": asdict(trainer.weights),
             "pairs": len(pairs),
             "prompts": len(prompts),
