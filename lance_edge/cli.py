@@ -12,11 +12,13 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import typer
+from typer.core import TyperGroup
 
 from lance_edge import __version__
 from lance_edge.errors import InputError, InvalidOption, InvalidPrompt, LanceError
@@ -31,7 +33,42 @@ FLAGGED, USAGE, FAILED, INTERRUPTED = 1, 2, 3, 130
 
 T = TypeVar("T")
 
+# Commands of the export toolchain: "module:typer app", imported only when they are called for.
+TOOLS = {
+    "export": "lance_edge_export.cli:app",
+}
+# What those commands need beyond the base install: module -> extra that brings it.
+EXTRAS = {
+    "onnx": "export",
+    "onnxscript": "export",
+    "safetensors": "export",
+    "torch": "export",
+    "tqdm": "export",
+    "transformers": "export",
+}
+
+
+class Commands(TyperGroup):
+    """The commands below, and those of TOOLS."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *TOOLS]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in TOOLS:
+            return super().get_command(ctx, cmd_name)
+        return typer.main.get_command(tool(cmd_name))
+
+
+def tool(name: str) -> typer.Typer:
+    """One of TOOLS."""
+    module, attribute = TOOLS[name].split(":")
+    found: typer.Typer = getattr(import_module(module), attribute)
+    return found
+
+
 app = typer.Typer(
+    cls=Commands,
     help="Screen prompts on this machine, and repair those that can be.",
     epilog="Exit codes: 0 nothing flagged, 1 something flagged, 2 wrong usage, 3 something could not be screened.",
     no_args_is_help=True,
@@ -111,6 +148,12 @@ def exits(command: Callable[..., int]) -> Callable[..., None]:
             code = USAGE
         except (LanceError, SessionError) as error:
             complain(str(error))
+            code = FAILED
+        except ModuleNotFoundError as error:
+            missing = (error.name or "").partition(".")[0]
+            if missing not in EXTRAS:
+                raise
+            complain(f"{missing} is not installed; install `lance-edge[{EXTRAS[missing]}]`")
             code = FAILED
         except OSError as error:
             named = f" {error.filename}" if error.filename else ""

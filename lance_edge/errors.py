@@ -8,8 +8,10 @@
     |  |- BundleFileMissing (FileNotFoundError)
     |  `- BundleCorrupt                      contents differ from the manifest
     |- RefinerMissing (FileNotFoundError)    the refiner was asked for and never pulled
-    `- PullError                             the refiner's weights cannot be fetched or made
-       `- BaseCorrupt                        base weights that are damaged, or not the ones we know
+    |- PullError                             the refiner's weights cannot be fetched or made
+    |  `- BaseCorrupt                        base weights that are damaged, or not the ones we know
+    `- ExportError                           a checkpoint or bundle that cannot be exported as asked
+       `- ParityError                        an export that would compute something else
 
 Sessions raise `lance_edge_engines.DeviceUnavailable` and `SessionError`.
 """
@@ -45,7 +47,7 @@ class BundleFileMissing(BundleError, FileNotFoundError):
     def __init__(self, path: Path) -> None:
         super().__init__(
             f"{path} is missing; copy the whole bundle again, or export it anew with "
-            "`python -m lance_edge_export screener`"
+            "`lance-edge export`"
         )
 
 
@@ -73,3 +75,11 @@ class PullError(LanceError):
 
 class BaseCorrupt(PullError):
     """The base weights are damaged, or are not the ones the bundle was made for."""
+
+
+class ExportError(LanceError):
+    """A checkpoint or a bundle cannot be exported as asked; what was there before is untouched."""
+
+
+class ParityError(ExportError):
+    """A stage of an export computes something else than the one before; nothing was written."""

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import typer
 from typer.models import ArgumentInfo
 
-from lance_edge.cli import app
+from lance_edge.cli import TOOLS, app, tool
 
 TARGET = Path(__file__).parent.parent / "docs" / "cli.md"
 
@@ -34,15 +35,27 @@ def render() -> str:
         "says the same.",
         str(app.info.epilog),
     ]
-    for registered in app.registered_commands:
+    parts += commands(app, "lance-edge")
+    for name in TOOLS:
+        parts += commands(tool(name), f"lance-edge {name}")
+    return "\n\n".join(parts) + "\n"
+
+
+def commands(group: typer.Typer, called: str) -> list[str]:
+    """The paragraphs on a group's commands; one that has no callback is its only command."""
+    parts = []
+    alone = group.registered_callback is None and len(group.registered_commands) == 1
+    for registered in group.registered_commands:
+        assert registered.callback is not None
         command = inspect.unwrap(registered.callback)
-        parts.append(f"## lance-edge {command.__name__}\n\n{inspect.getdoc(command)}")
+        name = called if alone else f"{called} {command.__name__}"
+        parts.append(f"## {name}\n\n{inspect.getdoc(command)}")
         hints = get_type_hints(command, include_extras=True)
         parameters = inspect.signature(command).parameters.values()
         rows = [row(parameter, hints[parameter.name]) for parameter in parameters]
         if rows:
             parts.append("\n".join(["| option | meaning | default |", "|---|---|---|", *rows]))
-    return "\n\n".join(parts) + "\n"
+    return parts
 
 
 def row(parameter: inspect.Parameter, hint: Any) -> str:
@@ -58,6 +71,8 @@ def row(parameter: inspect.Parameter, hint: Any) -> str:
     if get_origin(kind) is Literal:
         meaning += f" One of {', '.join(f'`{choice}`' for choice in get_args(kind))}."
     default = "" if parameter.default in (None, False) else parameter.default
+    if parameter.default is inspect.Parameter.empty:
+        default = "required"
     shown = declared.show_default if isinstance(declared.show_default, str) else default
     return f"| {', '.join(f'`{name}`' for name in names)} | {meaning} | {shown} |"
 

@@ -9,13 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from lance_edge.bundle import Calibration
+from lance_edge.errors import ParityError
 from lance_edge.screener import FloatArray, Screener
 from lance_edge.tokenizer import Window
 from lance_edge_engines import Session
-
-
-class ParityError(RuntimeError):
-    """A stage of the export differs from the one before by more than its bounds."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import nn
 
 from lance_edge.bundle import BaseSpec, Calibration, FileEntry, RefinerSpec, SecondLook, Template
 from lance_edge.decoder import Decoder
+from lance_edge.errors import ParityError
 from lance_edge.gguf import Gguf
 from lance_edge.language import LanguageTokenizer
 from lance_edge.llama import GgufLlama
@@ -25,7 +26,6 @@ from lance_edge_engines import Session, open_session
 from lance_edge_engines.session import PAST
 from lance_edge_export.decoder_graph import decoder_graph
 from lance_edge_export.delta import factors
-from lance_edge_export.parity import ParityError
 from lance_edge_training.refiner import load_refiner
 
 CONTEXT = 2048  # tokens

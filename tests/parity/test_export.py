@@ -26,14 +26,16 @@ from typer.testing import CliRunner
 
 import lance_edge
 from lance_edge.bundle import ScreenerSpec, open_bundle
+from lance_edge.errors import ParityError
 from lance_edge.screener import FloatArray, pad
 from lance_edge.tokenizer import Tokenizer
 from lance_edge.verify import check_goldens
 from lance_edge_engines import open_session
-from lance_edge_export import __main__ as export
+from lance_edge_export import cli as export
 from lance_edge_export import pack
+from lance_edge_export import screener as flow
 from lance_edge_export.optimise import merge_projections
-from lance_edge_export.parity import BOUNDS, Bounds, Parity, ParityError, compare, gate
+from lance_edge_export.parity import BOUNDS, Bounds, Parity, compare, gate
 from lance_edge_export.quantise import quantise_columns, quantise_table, row_wise_int8
 from lance_edge_export.to_onnx import export_screener
 from lance_edge_training.checkpoint import load_screener, new_screener, save_screener
@@ -185,15 +187,16 @@ def test_without_calibration_nothing_is_exported(
     bare = shutil.copytree(checkpoint, tmp_path / "bare")
     (bare / "calibration.json").unlink()
     result = run(bare, prompts, tmp_path / "out")
-    assert result.exit_code == 2
-    assert "has no calibration.json; run lance_edge_training.calibrate" in plain_text(result)
+    assert result.exit_code == 3
+    wanted = "has no calibration.json; run `python -m lance_edge_training.calibrate`"
+    assert wanted in plain_text(result)
     assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_precision_is_refused(checkpoint: Path, prompts: Path, tmp_path: Path) -> None:
     result = run(checkpoint, prompts, tmp_path / "out", "--precision", "int4")
     assert result.exit_code == 2
-    assert "--precision is one of fp32, int8" in plain_text(result)
+    assert "'int4' is not one of 'fp32', 'int8'" in plain_text(result)
 
 
 @pytest.mark.parametrize("existing", [False, True], ids=["new", "existing"])
@@ -205,7 +208,7 @@ def test_a_stage_out_of_bounds_writes_nothing(
     monkeypatch: Any,
     existing: bool,
 ) -> None:
-    monkeypatch.setattr(export, "export_screener", lambda _: fp32)
+    monkeypatch.setattr(flow, "export_screener", lambda _: fp32)
     monkeypatch.setitem(BOUNDS, "int8", Bounds(1e-9, 1e-9, 0.0))
     out = tmp_path / "out"
     if existing:
@@ -213,7 +216,7 @@ def test_a_stage_out_of_bounds_writes_nothing(
     before = contents(tmp_path)
     result = run(checkpoint, prompts, out)
     assert result.exit_code == 3
-    assert "export failed: int8: largest difference is" in plain_text(result)
+    assert "int8: largest difference is" in plain_text(result)
     assert contents(tmp_path) == before
 
 
@@ -221,14 +224,14 @@ def test_the_order_of_the_calibration_does_not_matter(
     checkpoint: Path, prompts: Path, fp32: onnx.ModelProto, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """The taxonomy orders the graph's outputs; calibration.json is read by name."""
-    monkeypatch.setattr(export, "export_screener", lambda _: fp32)
+    monkeypatch.setattr(flow, "export_screener", lambda _: fp32)
     compared: list[list[float]] = []
 
     def recorded(before: FloatArray, after: FloatArray, thresholds: FloatArray) -> Parity:
         compared.append(thresholds.tolist())
         return compare(before, after, thresholds)
 
-    monkeypatch.setattr(export, "compare", recorded)
+    monkeypatch.setattr(flow, "compare", recorded)
     shuffled = shutil.copytree(checkpoint, tmp_path / "shuffled")
     values = json.loads((shuffled / "calibration.json").read_text())
     (shuffled / "calibration.json").write_text(json.dumps(dict(reversed(values.items()))))
@@ -239,7 +242,7 @@ def test_the_order_of_the_calibration_does_not_matter(
 def test_golden_prompts_can_be_given(
     checkpoint: Path, prompts: Path, fp32: onnx.ModelProto, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(export, "export_screener", lambda _: fp32)
+    monkeypatch.setattr(flow, "export_screener", lambda _: fp32)
     (tmp_path / "golden.txt").write_text("hello the cake\nthe minor\n")
     out = tmp_path / "out"
     run(checkpoint, prompts, out, "--golden-prompts", tmp_path / "golden.txt")
@@ -250,7 +253,7 @@ def test_golden_prompts_can_be_given(
 def test_the_card_admits_an_encoder_that_was_not_recorded(
     checkpoint: Path, prompts: Path, fp32: onnx.ModelProto, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(export, "export_screener", lambda _: fp32)
+    monkeypatch.setattr(flow, "export_screener", lambda _: fp32)
     assert run(checkpoint, prompts, tmp_path / "out").exit_code == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert "Training data: own." in card
@@ -260,10 +263,10 @@ def test_the_card_admits_an_encoder_that_was_not_recorded(
 def test_a_file_without_prompts_is_refused(
     checkpoint: Path, fp32: onnx.ModelProto, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(export, "export_screener", lambda _: fp32)
+    monkeypatch.setattr(flow, "export_screener", lambda _: fp32)
     (tmp_path / "none.jsonl").write_text("")
     result = run(checkpoint, tmp_path / "none.jsonl", tmp_path / "out")
-    assert result.exit_code == 2
+    assert result.exit_code == 3
     assert "none.jsonl" in plain_text(result)
 
 

@@ -700,3 +700,35 @@ def test_a_bug_is_shown_with_its_traceback(screen: Invoke, monkeypatch: pytest.M
     assert result.exit_code == 3
     assert result.stderr.startswith("Traceback")
     assert "ZeroDivisionError: surprise" in result.stderr
+
+
+# the export toolchain's commands
+
+
+def test_the_toolchain_is_imported_only_when_it_is_called_for() -> None:
+    code = "import sys, lance_edge.cli; sys.exit('lance_edge_export' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    listed = start("export", "--help")
+    assert listed.returncode == 0
+    assert b"screener" in listed.stdout
+    code = (
+        "import sys; sys.argv = ['lance-edge', 'export', '--help']\n"
+        "from lance_edge.cli import main\n"
+        "try: main()\n"
+        "finally: sys.stderr.write(str(sorted({'torch', 'onnx', 'transformers'} & set(sys.modules))))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stderr == "[]"
+
+
+def test_a_missing_extra_is_named(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['onnx'] = None\n"
+        f"sys.argv = ['lance-edge', 'export', 'screener', '--checkpoint', {str(tmp_path)!r},\n"
+        f"            '--out', {str(tmp_path / 'out')!r}, '--prompts', {str(tmp_path / 'p.jsonl')!r}]\n"
+        "from lance_edge.cli import main\n"
+        "main()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 3
+    assert result.stderr == "lance-edge: onnx is not installed; install `lance-edge[export]`\n"

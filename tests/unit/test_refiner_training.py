@@ -26,12 +26,12 @@ from typer.testing import CliRunner
 
 import lance_edge
 from lance_edge.bundle import open_bundle
+from lance_edge.errors import ParityError
 from lance_edge.pull import pull
 from lance_edge.weights import merge
 from lance_edge_export import refiner as exporter
 from lance_edge_export.delta import factors
 from lance_edge_export.pack import add_refiner
-from lance_edge_export.parity import ParityError
 from lance_edge_training import refiner as trainer
 from lance_edge_training import second_look
 from lance_edge_training.base_model import base_tokenizer, load_base

