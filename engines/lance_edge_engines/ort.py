@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,11 @@ from lance_edge_engines.session import (
     State,
     TensorSpec,
 )
+
+# A graph may read no files: what it names as external data must be given as `weights`.
+NOWHERE = os.path.join(os.devnull, "no-files")  # noqa: PTH118 - a name that cannot exist, not a path
+
+EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -140,6 +146,7 @@ def _open(
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0
     options.enable_mem_pattern = False  # lengths vary; patterns only cost memory
+    options.add_session_config_entry(EXTERNAL_FOLDER, NOWHERE)
     held = [runtime.OrtValue.ortvalue_from_numpy(array) for array in (weights or {}).values()]
     try:
         if weights:

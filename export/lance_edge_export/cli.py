@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,6 +13,7 @@ import typer
 from lance_edge.cli import exits
 
 PARITY_PAIRS = 64  # whose next tokens the refiner's stages are compared on
+PROMPTS = Path(__file__).with_name("prompts.jsonl")  # for parity where none are given
 GOLDENS = 16  # prompts that become goldens where none are given
 
 app = typer.Typer(
@@ -34,15 +37,39 @@ def export() -> None:
 @app.command()
 @exits
 def screener(
-    checkpoint: Annotated[Path, typer.Option(help="Folder written by the trainer and calibrated.")],
-    out: OutOption,
-    prompts: Annotated[
-        Path, typer.Option(help="JSON lines with real prompts for the parity gate.")
+    checkpoint: Annotated[
+        Path,
+        typer.Option(help="Folder of a trained and calibrated screener, or of a classifier."),
     ],
+    out: OutOption,
     precision: Annotated[
-        Literal["fp32", "int8"], typer.Option(help="Of weights and activations.")
+        Literal["fp32", "fp16", "int8"], typer.Option(help="Of weights and products.")
     ] = "int8",
-    name: Annotated[str, typer.Option(help="The bundle's name.")] = "lance-edge-default",
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON lines with real prompts, for the parity gate and the rounding of weights.",
+            show_default="those that came with the package",
+        ),
+    ] = None,
+    benign: Annotated[
+        list[str] | None,
+        typer.Option(help="A classifier's label that stands for a harmless prompt; repeatable."),
+    ] = None,
+    taxonomy: Annotated[
+        Path | None,
+        typer.Option(help="JSON file with titles and actions for a classifier's categories."),
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(min=8, show_default="the checkpoint's", help="Tokens read at once."),
+    ] = None,
+    keep_fp32: Annotated[
+        list[str] | None, typer.Option(help="A layer that stays in fp32; repeatable.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="The bundle's name.", show_default="that of --out")
+    ] = None,
     version: Annotated[str, typer.Option(help="The bundle's version.")] = "0.1.0",
     encoder: Annotated[
         str, typer.Option(help="What the encoder was made from, for the model card.")
@@ -51,19 +78,25 @@ def screener(
         Path | None, typer.Option(help="Text file, one prompt a line.")
     ] = None,
 ) -> int:
-    """Export a screener: torch -> fp32 ONNX -> int8, each stage compared with the one before."""
+    """Export a screener: torch -> fp32 ONNX -> int8 or fp16, each stage compared with the one before."""
     from lance_edge.errors import ExportError
-    from lance_edge_export.screener import export_bundle
+    from lance_edge_export.checkpoint import read_checkpoint
+    from lance_edge_export.screener import Wishes, export_bundle, with_taxonomy
     from lance_edge_training.data import read_rows
 
-    texts = [row["prompt"] for row in read_rows(prompts)]
+    texts = [row["prompt"] for row in read_rows(prompts or PROMPTS)]
     if not texts:
         raise ExportError(f"{prompts} holds no prompts for the parity gate")
     golden = texts[:GOLDENS]
     if golden_prompts is not None:
         lines = golden_prompts.read_text(encoding="utf-8").split("\n")
         golden = [line for line in lines if line.strip()]
-    export_bundle(checkpoint, out, texts, precision, name, version, encoder, golden, typer.echo)
+    read = read_checkpoint(checkpoint, benign or (), window)
+    if taxonomy is not None:
+        entries = json.loads(taxonomy.read_text(encoding="utf-8"))
+        read = replace(read, taxonomy=with_taxonomy(read.taxonomy, entries))
+    wishes = Wishes(precision, name or out.name, version, encoder, tuple(keep_fp32 or ()))
+    export_bundle(read, out, wishes, texts, golden, typer.echo)
     typer.echo(f"wrote {out}")
     return 0
 

@@ -59,7 +59,7 @@ class Graph:
         used = {name for node in self.model.graph.node for name in node.input}
         del self.model.graph.initializer[:]
         self.model.graph.initializer.extend(
-            numpy_helper.from_array(np.ascontiguousarray(value), name)
+            numpy_helper.from_array(np.asarray(value, order="C"), name)
             for name, value in self.constants.items()
             if name in used
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,20 +23,20 @@ def write_bundle(
     version: str,
     graph: bytes,
     spec: ScreenerSpec,
-    checkpoint: Path,
+    described: Mapping[str, bytes],
     parity: dict[str, Any],
     provenance: dict[str, Any],
     golden_prompts: list[str],
 ) -> None:
     """Write the bundle next to `out` and move it there when it is whole.
 
+    described  contents of tokenizer.json, taxonomy.json and calibration.json
+
     The goldens are what the packed runtime itself says of `golden_prompts` on this machine.
     """
     files = {
+        **described,
         spec.graph: graph,
-        spec.tokenizer: (checkpoint / "tokenizer.json").read_bytes(),
-        "taxonomy.json": (checkpoint / "taxonomy.json").read_bytes(),
-        "calibration.json": (checkpoint / "calibration.json").read_bytes(),
         GOLDENS: b"[]\n",
     }
     manifest = Manifest(

@@ -11,15 +11,16 @@ computes the same integers.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import NodeProto, helper
+from onnx import NodeProto
 
+from lance_edge.errors import ExportError
 from lance_edge_engines import open_session
 from lance_edge_export.graph import FLOAT, Graph, node
 
@@ -41,16 +42,22 @@ HESSIAN_DAMPING = 0.01
 HESSIAN_BLOCK = 128
 
 
-def row_wise_int8(model: onnx.ModelProto, feeds: Sequence[Feed] = ()) -> onnx.ModelProto:
+def row_wise_int8(
+    model: onnx.ModelProto, feeds: Sequence[Feed] = (), keep_fp32: Collection[str] = ()
+) -> onnx.ModelProto:
     """The same graph with its wide linear layers and embedding tables in int8.
 
-    feeds  inputs of real prompts; with them, each layer's input channels are balanced and its
-           weights are rounded so that the layer's output, not each weight, stays close
+    feeds      inputs of real prompts; with them, each layer's input channels are balanced and its
+               weights are rounded so that the layer's output, not each weight, stays close
+    keep_fp32  layers that are left as they are, by the names of `linear_layers`
+
+    Raises ExportError if there is no layer of a name in keep_fp32.
     """
     graph = Graph(model)
+    layers_by_name = checked_layers(model, keep_fp32)
     sources: dict[str, list[NodeProto]] = defaultdict(list)
-    for candidate in graph.nodes:
-        if _is_linear(candidate, graph):
+    for name, candidate in layers_by_name.items():
+        if name not in keep_fp32:
             sources[candidate.input[0]].append(candidate)
     rows = observe(model, list(sources), feeds) if feeds else {}
     replacements: dict[str, list[NodeProto]] = {}
@@ -76,13 +83,46 @@ def row_wise_int8(model: onnx.ModelProto, feeds: Sequence[Feed] = ()) -> onnx.Mo
     return graph.finish()
 
 
+def linear_layers(model: onnx.ModelProto) -> dict[str, NodeProto]:
+    """The wide linear layers by the names of their outputs, in the graph's order."""
+    graph = Graph(model)
+    return {node.output[0]: node for node in graph.nodes if _is_linear(node, graph)}
+
+
+def checked_layers(model: onnx.ModelProto, keep_fp32: Collection[str]) -> dict[str, NodeProto]:
+    """The same; raises ExportError if there is no layer of a name in keep_fp32."""
+    layers = linear_layers(model)
+    if unknown := sorted(set(keep_fp32) - set(layers)):
+        raise ExportError(
+            f"there is no layer {unknown[0]!r} to keep in fp32; there are {', '.join(layers)}"
+        )
+    return layers
+
+
+def layer_errors(
+    before: onnx.ModelProto, after: onnx.ModelProto, feeds: Sequence[Feed]
+) -> dict[str, float]:
+    """How far each linear layer's output moved, relative to its size; the worst first.
+
+    sqrt(sum (y' - y)^2 / sum y^2) over all feeds, the errors of the layers before it included
+    """
+    names = list(linear_layers(before))
+    wanted, found = (observe(model, names, feeds) for model in (before, after))
+    errors = {
+        name: float(np.linalg.norm(found[name] - wanted[name]) / np.linalg.norm(wanted[name]))
+        for name in names
+    }
+    return dict(sorted(errors.items(), key=lambda item: -item[1]))
+
+
 def observe(
     model: onnx.ModelProto, names: Sequence[str], feeds: Sequence[Feed]
 ) -> dict[str, npt.NDArray[np.float64]]:
     """The values of some tensors over all feeds, as rows  [rows, K]"""
     watched = onnx.ModelProto()
     watched.CopyFrom(model)
-    watched.graph.output.extend(helper.make_tensor_value_info(name, FLOAT, None) for name in names)
+    # Without a type: the runtime infers it.
+    watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     session = open_session(watched.SerializeToString(), "cpu")
     seen: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in names}
     for feed in feeds:

@@ -1,109 +1,166 @@
-"""A trained screener to a bundle: torch -> fp32 ONNX -> int8, each stage compared with the one before."""
+"""A screener's checkpoint to a bundle: torch -> fp32 ONNX -> int8 or fp16, stage by stage compared."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 
-from lance_edge.bundle import Calibration, ScreenerSpec
-from lance_edge.errors import ExportError
+from lance_edge.bundle import ScreenerSpec
+from lance_edge.errors import ExportError, ParityError
 from lance_edge.screener import pad
 from lance_edge.tokenizer import Tokenizer, Window
 from lance_edge_engines import open_session
+from lance_edge_export.checkpoint import Checkpoint
+from lance_edge_export.half import half_products
 from lance_edge_export.optimise import merge_projections
 from lance_edge_export.pack import write_bundle
 from lance_edge_export.parity import BOUNDS, compare, gate, severities
-from lance_edge_export.quantise import Feed, row_wise_int8
+from lance_edge_export.quantise import Feed, layer_errors, row_wise_int8
 from lance_edge_export.to_onnx import export_screener
-from lance_edge_training.checkpoint import load_screener
-from lance_edge_training.evaluate import torch_session
+from lance_edge_training.evaluate import network_session
 
 # Between machines: the order of sums, and with int8 the roundings it flips (5.7e-3 between
 # onnxruntime 1.23 and 1.31).
-TOLERANCE = {"fp32": 1e-4, "int8": 2e-2}
+TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2, "int8": 2e-2}
 
 CALIBRATION_PROMPTS = 256  # whose activations the quantiser looks at; no labels are used
+REPORTED_PROMPTS = 16  # on which the layers' errors are measured
+WORST = 5  # layers that are named
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What is to be made of a checkpoint.
+
+    keep_fp32  layers that stay in fp32; the report of an int8 or fp16 export names the worst
+    encoder    what the encoder was made from, for the model card
+    """
+
+    precision: str
+    name: str
+    version: str
+    encoder: str = ""
+    keep_fp32: tuple[str, ...] = ()
 
 
 def export_bundle(
-    checkpoint: Path,
+    checkpoint: Checkpoint,
     out: Path,
+    wishes: Wishes,
     prompts: Sequence[str],
-    precision: str,
-    name: str,
-    version: str,
-    encoder: str,
     golden: Sequence[str],
     tell: Callable[[str], None],
 ) -> None:
     """Write a bundle with a screener.
 
     prompts  real ones, on which the stages are compared and the quantiser looks at activations
-    encoder  what the encoder was made from, for the model card
     golden   prompts whose verdicts every machine must reproduce
     tell     is given a line per stage
 
-    Raises ExportError, and ParityError if a stage computes something else than the one before.
+    Raises ParityError if a stage computes something else than the one before; nothing is written.
     """
-    if not (checkpoint / "calibration.json").is_file():
-        raise ExportError(
-            f"{checkpoint} has no calibration.json; run `python -m lance_edge_training.calibrate`"
-        )
-    model, description = load_screener(checkpoint)
-    tokenizer = Tokenizer(
-        (checkpoint / "tokenizer.json").read_bytes(), description["window"], description["overlap"]
-    )
-    values = json.loads((checkpoint / "calibration.json").read_text(encoding="utf-8"))
-    taxonomy = json.loads((checkpoint / "taxonomy.json").read_text(encoding="utf-8"))
-    calibration = [Calibration(**values[entry["name"]]) for entry in taxonomy]
-    thresholds = np.array([item.threshold for item in calibration])
+    tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.window, checkpoint.overlap)
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
-
-    graph = merge_projections(export_screener(model))
-    stages = {"fp32": graph}
-    if precision == "int8":
-        stages["int8"] = row_wise_int8(graph, calibration_feeds(encoded))
-    before = severities(torch_session(model), encoded, calibration)
-    parity: dict[str, Any] = {}
-    for stage, stage_graph in stages.items():
-        session = open_session(stage_graph.SerializeToString(), "cpu")
-        after = severities(session, encoded, calibration)
-        session.close()
-        figures = compare(before, after, thresholds)
-        tell(f"{stage}: {figures}")
-        gate(stage, figures, BOUNDS[stage])
-        parity[stage] = {
-            **figures.to_dict(),
-            "nodes": len(stage_graph.graph.node),
-            "bytes": stage_graph.ByteSize(),
-        }
-        before = after
-
+    feeds = calibration_feeds(encoded)
+    stages = {"fp32": merge_projections(export_screener(checkpoint.network, checkpoint.window))}
+    if wishes.precision == "int8":
+        stages["int8"] = row_wise_int8(stages["fp32"], feeds, wishes.keep_fp32)
+    if wishes.precision == "fp16":
+        stages["fp16"] = half_products(stages["fp32"], wishes.keep_fp32)
+    parity = compare_stages(checkpoint, stages, encoded, feeds[:REPORTED_PROMPTS], tell)
+    graph = stages[wishes.precision]
     spec = ScreenerSpec(
         "screener.onnx",
         "tokenizer.json",
-        precision,
-        description["window"],
-        description["overlap"],
-        TOLERANCE[precision],
+        wishes.precision,
+        checkpoint.window,
+        checkpoint.overlap,
+        TOLERANCE[wishes.precision],
     )
-    provenance = {"encoder": encoder, "onnx": onnx.__version__, **description["provenance"]}
+    names = [entry["name"] for entry in checkpoint.taxonomy]
+    calibration = dict(zip(names, map(asdict, checkpoint.calibration), strict=True))
+    described = {
+        "tokenizer.json": checkpoint.tokenizer,
+        "taxonomy.json": json.dumps(checkpoint.taxonomy, indent=2).encode(),
+        "calibration.json": json.dumps(calibration, indent=2).encode(),
+    }
+    provenance = {
+        "encoder": wishes.encoder,
+        "onnx": onnx.__version__,
+        "kept in fp32": list(wishes.keep_fp32),
+        **checkpoint.provenance,
+    }
     write_bundle(
         out,
-        name,
-        version,
-        stages[precision].SerializeToString(),
+        wishes.name,
+        wishes.version,
+        graph.SerializeToString(),
         spec,
-        checkpoint,
+        described,
         parity,
         provenance,
         list(golden),
     )
+
+
+def compare_stages(
+    checkpoint: Checkpoint,
+    stages: dict[str, onnx.ModelProto],
+    encoded: list[list[Window]],
+    feeds: Sequence[Feed],
+    tell: Callable[[str], None],
+) -> dict[str, Any]:
+    """What each stage changed, for the manifest. Raises ParityError, which names the worst layers."""
+    calibration = checkpoint.calibration
+    thresholds = np.array([item.threshold for item in calibration])
+    network = network_session(checkpoint.network, len(calibration))
+    before = severities(network, encoded, calibration)
+    parity: dict[str, Any] = {}
+    for stage, graph in stages.items():
+        session = open_session(graph.SerializeToString(), "cpu")
+        after = severities(session, encoded, calibration)
+        session.close()
+        figures = compare(before, after, thresholds)
+        size = {"nodes": len(graph.graph.node), "bytes": graph.ByteSize()}
+        parity[stage] = {**figures.to_dict(), **size}
+        tell(f"{stage}: {parity[stage]}")
+        worst = ""
+        if stage != "fp32":
+            errors = layer_errors(stages["fp32"], graph, feeds)
+            parity[stage]["worst_layers"] = dict(list(errors.items())[:WORST])
+            worst = ", ".join(f"{name} ({error:.3f})" for name, error in errors.items())
+            tell(f"{stage}: relative error of its layers: {worst}")
+        try:
+            gate(stage, figures, BOUNDS[stage])
+        except ParityError as error:
+            if not worst:
+                raise
+            raise ParityError(
+                f"{error}; the layers that moved most: {worst[:200]}; --keep-fp32 LAYER keeps one"
+            ) from error
+        before = after
+    return parity
+
+
+def with_taxonomy(found: list[dict[str, Any]], given: Sequence[Any]) -> list[dict[str, Any]]:
+    """The checkpoint's categories as a taxonomy file describes them. Raises ExportError."""
+    if not all(isinstance(entry, dict) and isinstance(entry.get("name"), str) for entry in given):
+        raise ExportError(
+            "a taxonomy is a list of objects, each with a name, a title and an action"
+        )
+    by_name = {entry["name"]: entry for entry in given}
+    names = [entry["name"] for entry in found]
+    if set(by_name) != set(names) or len(by_name) < len(given):
+        raise ExportError(
+            f"the taxonomy must describe the checkpoint's categories, each once: {', '.join(names)}"
+        )
+    return [by_name[name] for name in names]
 
 
 def calibration_feeds(prompts: list[list[Window]]) -> list[Feed]:

@@ -39,7 +39,7 @@ from lance_edge_export.parity import BOUNDS, Bounds, Parity, compare, gate
 from lance_edge_export.quantise import quantise_columns, quantise_table, row_wise_int8
 from lance_edge_export.to_onnx import export_screener
 from lance_edge_training.checkpoint import load_screener, new_screener, save_screener
-from lance_edge_training.model import Screener
+from lance_edge_training.model import Screener, Served
 
 pytestmark = pytest.mark.train
 
@@ -99,7 +99,7 @@ def screener(checkpoint: Path) -> Screener:
 
 @pytest.fixture(scope="module")
 def fp32(screener: Screener) -> onnx.ModelProto:
-    return export_screener(screener)
+    return export_screener(Served(screener))
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,7 @@ def test_without_calibration_nothing_is_exported(
 def test_an_unknown_precision_is_refused(checkpoint: Path, prompts: Path, tmp_path: Path) -> None:
     result = run(checkpoint, prompts, tmp_path / "out", "--precision", "int4")
     assert result.exit_code == 2
-    assert "'int4' is not one of 'fp32', 'int8'" in plain_text(result)
+    assert "'int4' is not one of 'fp32', 'fp16', 'int8'" in plain_text(result)
 
 
 @pytest.mark.parametrize("existing", [False, True], ids=["new", "existing"])
@@ -208,7 +208,7 @@ def test_a_stage_out_of_bounds_writes_nothing(
     monkeypatch: Any,
     existing: bool,
 ) -> None:
-    monkeypatch.setattr(flow, "export_screener", lambda _: fp32)
+    monkeypatch.setattr(flow, "export_screener", lambda *_: fp32)
     monkeypatch.setitem(BOUNDS, "int8", Bounds(1e-9, 1e-9, 0.0))
     out = tmp_path / "out"
     if existing:
@@ -224,7 +224,7 @@ def test_the_order_of_the_calibration_does_not_matter(
     checkpoint: Path, prompts: Path, fp32: onnx.ModelProto, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """The taxonomy orders the graph's outputs; calibration.json is read by name."""
-    monkeypatch.setattr(flow, "export_screener", lambda _: fp32)
+    monkeypatch.setattr(flow, "export_screener", lambda *_: fp32)
     compared: list[list[float]] = []
 
     def recorded(before: FloatArray, after: FloatArray, thresholds: FloatArray) -> Parity:
@@ -242,7 +242,7 @@ def test_the_order_of_the_calibration_does_not_matter(
 def test_golden_prompts_can_be_given(
     checkpoint: Path, prompts: Path, fp32: onnx.ModelProto, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(flow, "export_screener", lambda _: fp32)
+    monkeypatch.setattr(flow, "export_screener", lambda *_: fp32)
     (tmp_path / "golden.txt").write_text("hello the cake\nthe minor\n")
     out = tmp_path / "out"
     run(checkpoint, prompts, out, "--golden-prompts", tmp_path / "golden.txt")
@@ -253,7 +253,7 @@ def test_golden_prompts_can_be_given(
 def test_the_card_admits_an_encoder_that_was_not_recorded(
     checkpoint: Path, prompts: Path, fp32: onnx.ModelProto, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(flow, "export_screener", lambda _: fp32)
+    monkeypatch.setattr(flow, "export_screener", lambda *_: fp32)
     assert run(checkpoint, prompts, tmp_path / "out").exit_code == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert "Training data: own." in card
@@ -263,7 +263,7 @@ def test_the_card_admits_an_encoder_that_was_not_recorded(
 def test_a_file_without_prompts_is_refused(
     checkpoint: Path, fp32: onnx.ModelProto, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(flow, "export_screener", lambda _: fp32)
+    monkeypatch.setattr(flow, "export_screener", lambda *_: fp32)
     (tmp_path / "none.jsonl").write_text("")
     result = run(checkpoint, tmp_path / "none.jsonl", tmp_path / "out")
     assert result.exit_code == 3
@@ -565,7 +565,9 @@ def write(out: Path, checkpoint: Path, version: str) -> None:
     """Pack the tiny bundle's graph, with its own files as the checkpoint's."""
     spec = ScreenerSpec("screener.onnx", "tokenizer.json", "fp32", 16, 4, 1e-5)
     graph = tiny.graph().SerializeToString()
-    pack.write_bundle(out, "tiny", version, graph, spec, checkpoint, {}, {}, ["bomb", "hello"])
+    names = ("tokenizer.json", "taxonomy.json", "calibration.json")
+    described = {name: (checkpoint / name).read_bytes() for name in names}
+    pack.write_bundle(out, "tiny", version, graph, spec, described, {}, {}, ["bomb", "hello"])
 
 
 def run(checkpoint: Path, prompts: Path, out: Path, *options: object) -> Any:

@@ -8,6 +8,7 @@ taxonomy.json, calibration.json
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -58,11 +59,15 @@ def write_json(path: Path, value: Any) -> None:
 def _load_encoder(folder: Path, attention: str) -> Any:
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     config.attention_probs_dropout_prob = 0.0  # fused attention is slow with dropout
+    config.reference_compile = False  # ModernBERT would compile itself
+    kind: Any = AutoModel._model_mapping[type(config)]
+    # Families that end in a pooler need none; the others know no such option.
+    has_pooler = "add_pooling_layer" in inspect.signature(kind).parameters
     return AutoModel.from_pretrained(
         folder,
         config=config,
-        add_pooling_layer=False,
-        attn_implementation=attention,
+        attn_implementation=attention if kind._supports_sdpa else "eager",
         use_safetensors=True,
         local_files_only=True,
+        **({"add_pooling_layer": False} if has_pooler else {}),
     )

@@ -11,12 +11,13 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from lance_edge.screener import FloatArray, pad, runs, sigmoid, spread_of
 from lance_edge.tokenizer import Tokenizer
 from lance_edge_engines import FakeSession, Session, TensorSpec
 from lance_edge_training.data import HARMFUL_SEVERITY, Example
-from lance_edge_training.model import Screener
+from lance_edge_training.model import Screener, Served
 
 Half = Literal["calibration", "report"]
 
@@ -40,17 +41,18 @@ class Latents:
 
 def torch_session(screener: Screener) -> Session:
     """A trained screener behind the interface of the runtime's sessions."""
+    return network_session(Served(screener), screener.head.mean.out_features)
+
+
+def network_session(network: nn.Module, categories: int) -> Session:
+    """The same for any network with a screener graph's inputs and outputs (see `Served`)."""
+    names = ("mean", "deviation", "contributions")
 
     def compute(inputs: Mapping[str, npt.NDArray[np.int64]]) -> dict[str, npt.NDArray[np.float32]]:
         with torch.inference_mode():
-            reading = screener(torch.from_numpy(inputs["ids"]), torch.from_numpy(inputs["mask"]))
-        return {
-            "mean": reading.labels.mean.numpy(),
-            "deviation": reading.labels.deviation.numpy(),
-            "contributions": reading.contributions.numpy(),
-        }
+            outputs = network(torch.from_numpy(inputs["ids"]), torch.from_numpy(inputs["mask"]))
+        return {name: value.numpy() for name, value in zip(names, outputs, strict=True)}
 
-    categories = screener.head.mean.out_features
     float32, int64 = np.dtype(np.float32), np.dtype(np.int64)
     return FakeSession(
         compute,

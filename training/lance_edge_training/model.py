@@ -135,3 +135,18 @@ class Screener(nn.Module):
         states = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         reading: Reading = self.head(states, mask)
         return reading
+
+
+class Served(nn.Module):
+    """A screener with the inputs and outputs of its graph.
+
+    ids, mask [B, T] -> mean, deviation [B, C], contributions [B, T, C]
+    """
+
+    def __init__(self, screener: Screener) -> None:
+        super().__init__()
+        self.screener = screener
+
+    def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        reading = self.screener(ids, mask)
+        return reading.labels.mean, reading.labels.deviation, reading.contributions

@@ -1,0 +1,199 @@
+"""What a screener's checkpoint holds: one of ours, or any sequence classifier of Hugging Face's.
+
+Both become the same thing: a network that gives per category a latent mean and deviation and what
+each token adds to it, with its tokenizer, taxonomy and calibration.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from lance_edge.bundle import Calibration
+from lance_edge.errors import ExportError
+from lance_edge.screener import PAD_MULTIPLE
+from lance_edge_export.folder import read_config
+from lance_edge_training.checkpoint import load_screener
+from lance_edge_training.model import Served
+
+# Encoders whose graphs are compared with torch in tests, by their config's model_type.
+ENCODERS = ("bert", "deberta-v2", "distilbert", "electra", "modernbert", "roberta", "xlm-roberta")
+
+BENIGN = ("safe", "benign", "neutral", "none", "normal", "harmless", "ok")  # labels of no category
+LONGEST_WINDOW = 512  # tokens
+OVERLAP = 4  # a window's share that neighbours have in common is 1 / OVERLAP
+NEUTRAL = Calibration(slope=1.0, intercept=0.0, threshold=0.5)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A screener to export.
+
+    network  (ids, mask) [B, T] -> mean, deviation [B, C], contributions [B, T, C]
+    window   tokens it reads at once, and `overlap` what neighbouring windows share
+    """
+
+    network: nn.Module
+    tokenizer: bytes
+    window: int
+    overlap: int
+    taxonomy: list[dict[str, Any]]
+    calibration: list[Calibration]
+    provenance: dict[str, Any]
+
+
+def read_checkpoint(
+    folder: Path, benign: Sequence[str] = (), window: int | None = None
+) -> Checkpoint:
+    """The screener in a folder; which kind it is follows from its files.
+
+    benign  a classifier's labels that stand for no category
+    window  tokens it reads at once, in place of what the checkpoint says
+
+    Raises ExportError, which names what the folder lacks or what is not supported.
+    """
+    config = read_config(folder)
+    if config["model_type"] not in ENCODERS:
+        raise ExportError(
+            f"{folder} is a {config['model_type']!r} and the encoders that can be exported are "
+            f"{', '.join(ENCODERS)}"
+        )
+    if (folder / "screener.json").is_file():
+        return _ours(folder, window)
+    classes = config.get("architectures") or ["an unnamed model"]
+    if not str(classes[0]).endswith("ForSequenceClassification"):
+        raise ExportError(
+            f"{folder} holds {classes[0]}: neither a screener of `lance_edge_training` (it has no "
+            "screener.json) nor a ...ForSequenceClassification"
+        )
+    return _classifier(folder, benign, window)
+
+
+class ClassifierGraph(nn.Module):
+    """A sequence classifier as a screener: logits as means, no deviation, no contributions.
+
+    single  whether its labels exclude each other: then a label's mean is its logit less the
+            logsumexp of the others', so that sigmoid gives what softmax did
+    kept    indices of the labels that are categories
+    """
+
+    def __init__(
+        self, classifier: nn.Module, labels: int, kept: Sequence[int], single: bool
+    ) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.single = single
+        self.register_buffer("itself", torch.eye(labels) * -1e9)
+        self.register_buffer("kept", torch.tensor(kept))
+
+    def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mean = self.classifier(input_ids=ids, attention_mask=mask).logits
+        if self.single:
+            mean = mean - (mean.unsqueeze(1) + self.itself).logsumexp(-1)
+        mean = mean.index_select(1, self.kept)
+        nothing = torch.zeros_like(mean)
+        return mean, nothing, mask.unsqueeze(-1) * nothing.unsqueeze(1)
+
+
+def _ours(folder: Path, window: int | None) -> Checkpoint:
+    for name, remedy in (
+        ("head.safetensors", "train the screener again"),
+        ("taxonomy.json", "train the screener again"),
+        ("calibration.json", "run `python -m lance_edge_training.calibrate`"),
+    ):
+        if not (folder / name).is_file():
+            raise ExportError(f"{folder} has no {name}; {remedy}")
+    screener, description = load_screener(folder)
+    taxonomy = json.loads((folder / "taxonomy.json").read_text(encoding="utf-8"))
+    values = json.loads((folder / "calibration.json").read_text(encoding="utf-8"))
+    window = window or description["window"]
+    return Checkpoint(
+        Served(screener).eval(),
+        (folder / "tokenizer.json").read_bytes(),
+        window,
+        min(description["overlap"], window // OVERLAP),
+        taxonomy,
+        [Calibration(**values[entry["name"]]) for entry in taxonomy],
+        description["provenance"],
+    )
+
+
+def _classifier(folder: Path, benign: Sequence[str], window: int | None) -> Checkpoint:
+    config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config.reference_compile = False  # ModernBERT would compile itself
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        network, told = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            config=config,
+            attn_implementation="eager",
+            use_safetensors=True,
+            local_files_only=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    if missing := sorted(told["missing_keys"]):
+        raise ExportError(
+            f"{folder} has no weights for {', '.join(missing[:3])}; they would be random"
+        )
+    labels = [str(config.id2label[index]) for index in range(config.num_labels)]
+    single = config.problem_type != "multi_label_classification" and len(labels) > 1
+    kept = categories_among(labels, benign, single)
+    names = [slug(labels[index]) for index in kept]
+    if len(set(names)) < len(names) or "none" in names:
+        raise ExportError(f"{folder}: the labels {', '.join(labels)} make no distinct names")
+    window = window or _longest_window(config)
+    return Checkpoint(
+        ClassifierGraph(network, len(labels), kept, single).eval(),
+        (folder / "tokenizer.json").read_bytes(),
+        window,
+        window // OVERLAP,
+        [
+            {"name": name, "title": labels[index], "action": "block"}
+            for name, index in zip(names, kept, strict=True)
+        ],
+        [NEUTRAL] * len(kept),
+        {"classifier": str(config.architectures[0]), "labels": labels},
+    )
+
+
+def categories_among(labels: Sequence[str], benign: Sequence[str], single: bool) -> list[int]:
+    """The indices of the labels that are categories, not the name of "nothing is wrong".
+
+    Raises ExportError if labels exclude each other and none is known to be benign.
+    """
+    if unknown := sorted(set(benign) - set(labels)):
+        raise ExportError(
+            f"there is no label {unknown[0]!r} to be benign; there are {', '.join(labels)}"
+        )
+    harmless = set(benign) or {label for label in labels if label.casefold() in BENIGN}
+    if single and not harmless:
+        raise ExportError(
+            f"of the labels {', '.join(labels)} one must stand for a harmless prompt; "
+            "name it with --benign"
+        )
+    kept = [index for index, label in enumerate(labels) if label not in harmless]
+    if not kept:
+        raise ExportError(f"all labels are benign: {', '.join(labels)}")
+    return kept
+
+
+def slug(label: str) -> str:
+    """A label as a category's name: "Sexual/Minors" -> "sexual_minors"."""
+    return re.sub(r"[^a-z0-9]+", "_", label.casefold()).strip("_") or "label"
+
+
+def _longest_window(config: Any) -> int:
+    """Tokens the encoder has positions for, but not more than LONGEST_WINDOW."""
+    reserved = config.pad_token_id + 1 if "roberta" in config.model_type else 0
+    positions = int(config.max_position_embeddings) - reserved
+    return min(LONGEST_WINDOW, positions // PAD_MULTIPLE * PAD_MULTIPLE)
