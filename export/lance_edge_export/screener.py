@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from lance_edge.screener import pad
 from lance_edge.tokenizer import Tokenizer, Window
 from lance_edge_engines import open_session
 from lance_edge_export.checkpoint import Checkpoint
+from lance_edge_export.fusion import fusion
 from lance_edge_export.half import half_products
 from lance_edge_export.optimise import merge_projections
 from lance_edge_export.pack import write_bundle
@@ -127,9 +128,12 @@ def compare_stages(
         after = severities(session, encoded, calibration)
         session.close()
         figures = compare(before, after, thresholds)
-        size = {"nodes": len(graph.graph.node), "bytes": graph.ByteSize()}
+        merged = fusion(graph)
+        size = {"nodes": merged.before, "bytes": graph.ByteSize()}
         parity[stage] = {**figures.to_dict(), **size}
         tell(f"{stage}: {parity[stage]}")
+        tell(f"{stage}: {merged.after} nodes once loaded; fused: {counted(merged.fused)}")
+        tell(f"{stage}: left as they are: {counted(merged.left)}")
         worst = ""
         if stage != "fp32":
             errors = layer_errors(stages["fp32"], graph, feeds)
@@ -146,6 +150,11 @@ def compare_stages(
             ) from error
         before = after
     return parity
+
+
+def counted(operators: Mapping[str, int]) -> str:
+    """Operators with how often each stands in a graph."""
+    return ", ".join(f"{name} {count}" for name, count in operators.items()) or "none"
 
 
 def with_taxonomy(found: list[dict[str, Any]], given: Sequence[Any]) -> list[dict[str, Any]]:
