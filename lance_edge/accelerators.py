@@ -9,6 +9,7 @@ from lance_edge.machine import Jetson, Machine
 from lance_edge_engines.driver import Driver, Gpu
 
 OLDEST_TENSORRT = (10, 3)
+ARM = ("aarch64", "arm64")
 # The CUDA provider of Microsoft's aarch64 wheel has kernels for these alone (ONNX Runtime #31992):
 # none for Orin (8.7) and Thor (11.0).
 AARCH64_KERNELS = ("8.9", "9.0", "12.0", "12.1")
@@ -53,18 +54,18 @@ def gpu_findings(machine: Machine) -> Iterator[Finding]:
 def _cuda_refused(machine: Machine, driver: Driver) -> Finding:
     """The wheel has CUDA, there is a GPU, and no graph runs on it: which of the reasons is it?"""
     gpu, built = driver.gpus[0], machine.runtime.cuda
-    if built and driver.cuda and numbers(driver.cuda)[0] < numbers(built)[0]:
-        return Finding(
-            "broken",
-            f"{_release(machine)} runs CUDA up to {driver.cuda} and this onnxruntime-gpu is built "
-            f"for {built}",
-            _newer_driver(machine, built) + _older_wheel(driver),
-        )
     if not _has_stock_kernels(machine, gpu):
         return Finding(
             "broken",
             f"onnxruntime-gpu for aarch64 has no kernels for {_named(gpu)}",
             f"pip uninstall -y onnxruntime-gpu && {CPU_WHEEL}, then {PLAN}",
+        )
+    if built and driver.cuda and numbers(driver.cuda)[0] < numbers(built)[0]:
+        return Finding(
+            "broken",
+            f"{_release(machine)} runs CUDA up to {driver.cuda} and this onnxruntime-gpu is built "
+            f"for {built}",
+            _newer_driver(machine, built) + _older_wheel(machine, driver),
         )
     return Finding(
         "broken",
@@ -78,7 +79,7 @@ def _unused(machine: Machine, driver: Driver) -> Finding:
     gpu = driver.gpus[0]
     text = f"{_named(gpu)} is not used by the installed ONNX Runtime"
     if not _has_stock_kernels(machine, gpu):
-        return Finding("advice", text + ", nor has the wheel for aarch64 kernels for it", f"{PLAN}")
+        return Finding("advice", text + ", nor has the wheel for aarch64 kernels for it", PLAN)
     newest = numbers(driver.cuda)[0]
     swap = "pip uninstall -y onnxruntime && "
     if newest >= 13 or driver.cuda is None:
@@ -86,7 +87,7 @@ def _unused(machine: Machine, driver: Driver) -> Finding:
     return Finding(
         "advice",
         f"{text}, and {_release(machine)} is too old for the newest one",
-        _newer_driver(machine, "13") + f", then {swap}{GPU_WHEEL}" + _older_wheel(driver),
+        _newer_driver(machine, "13") + f", then {swap}{GPU_WHEEL}" + _older_wheel(machine, driver),
     )
 
 
@@ -107,10 +108,10 @@ def tensorrt_findings(machine: Machine) -> Iterator[Finding]:
                 "flash JetPack 6 or newer" if machine.jetson else 'pip install "tensorrt>=10.3"',
             )
         elif gpus:
-            yield Finding("works", f"{name} {library.version} can build and run plans")
+            yield Finding("works", f"{name} {library.version} loads; `lance-edge plan` uses it")
         else:
             yield Finding(
-                "advice", f"{name} {library.version} is installed, without a GPU to run plans"
+                "advice", f"{name} {library.version} loads, and there is no GPU to run plans on"
             )
     if _linked_otherwise(machine):
         assert machine.tensorrt is not None
@@ -190,7 +191,7 @@ def stock_wheel_serves(machine: Machine) -> bool:
 
 
 def _has_stock_kernels(machine: Machine, gpu: Gpu) -> bool:
-    return machine.architecture not in ("aarch64", "arm64") or gpu.capability in AARCH64_KERNELS
+    return machine.architecture not in ARM or gpu.capability in AARCH64_KERNELS
 
 
 def _named(gpu: Gpu) -> str:
@@ -209,8 +210,8 @@ def _newer_driver(machine: Machine, cuda: str) -> str:
     )
 
 
-def _older_wheel(driver: Driver) -> str:
-    """What serves a driver that runs CUDA 12 and not 13."""
-    if numbers(driver.cuda)[0] != 12:
+def _older_wheel(machine: Machine, driver: Driver) -> str:
+    """What serves a driver that runs CUDA 12 and not 13; for aarch64 there is none."""
+    if numbers(driver.cuda)[0] != 12 or machine.architecture in ARM:
         return ""
     return f', or pip install "onnxruntime-gpu[cuda,cudnn]=={LAST_CUDA_12}", which has CUDA 12'
