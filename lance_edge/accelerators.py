@@ -67,10 +67,12 @@ def _cuda_refused(machine: Machine, driver: Driver) -> Finding:
             f"for {built}",
             _newer_driver(machine, built) + _older_wheel(machine, driver),
         )
+    missing = machine.runtime.missing
+    cause = f"{missing} is not found" if missing else machine.runtime.refusals.get("cuda")
     return Finding(
         "broken",
-        f"no graph runs on {_named(gpu)}: {machine.runtime.refusals.get('cuda')}",
-        GPU_WHEEL + ", which brings CUDA's libraries",
+        f"no graph runs on {_named(gpu)}: {cause}",
+        GPU_WHEEL + ", which brings CUDA's libraries, or name their folder in LD_LIBRARY_PATH",
     )
 
 

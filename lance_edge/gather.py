@@ -13,13 +13,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lance_edge.machine import BundleState, Clock, Cpu, Jetson, Machine, Memory
-from lance_edge.trials import CRASHED, LoadedLibrary, RuntimeReport, ask
+from lance_edge.trials import CRASHED, LoadedLibrary, RuntimeReport, ask, missing_library
 from lance_edge_engines.driver import Driver, load_library, read_driver
 
 T = TypeVar("T")
@@ -114,15 +115,18 @@ def runtime() -> RuntimeReport:
     """ONNX Runtime, if this Python can see it."""
     if _attempt(find_spec, "onnxruntime") is None:
         return RuntimeReport(fault="onnxruntime is not installed")
-    report = ask("runtime", RuntimeReport)
-    return report or RuntimeReport(fault=CRASHED.format("onnxruntime"))
+    report, complaints = ask("runtime", RuntimeReport)
+    if report is None:
+        return RuntimeReport(fault=CRASHED.format("onnxruntime"))
+    return replace(report, missing=missing_library(complaints))
 
 
 def library(name: str) -> LoadedLibrary | None:
     """A Python package that loads libraries of its own; None if this Python cannot see it."""
     if _attempt(find_spec, name) is None:
         return None
-    return ask(name, LoadedLibrary) or LoadedLibrary(fault=CRASHED.format(name))
+    loaded, _ = ask(name, LoadedLibrary)
+    return loaded or LoadedLibrary(fault=CRASHED.format(name))
 
 
 def jetpack_python(root: Path) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
@@ -29,6 +30,7 @@ class RuntimeReport:
     cuda      the CUDA release that it was built for
     offered   its execution providers, whether they start or not
     refusals  device -> why a graph did not run there; None if it ran
+    missing   the library that it could not open, if it complained of one
     fault     why nothing is known of it
     """
 
@@ -37,6 +39,7 @@ class RuntimeReport:
     cuda: str | None = None
     offered: tuple[str, ...] = ()
     refusals: dict[str, str | None] = field(default_factory=dict)
+    missing: str | None = None
     fault: str | None = None
 
 
@@ -48,8 +51,8 @@ class LoadedLibrary:
     fault: str | None = None
 
 
-def ask(name: str, kind: type[T]) -> T | None:
-    """A probe's answer, from a new process; None if that process crashed or took too long."""
+def ask(name: str, kind: type[T]) -> tuple[T | None, str]:
+    """A probe's answer from a new process, None if that crashed or took too long; and its complaints."""
     try:
         done = subprocess.run(
             [sys.executable, "-m", "lance_edge.trials", name],
@@ -59,9 +62,16 @@ def ask(name: str, kind: type[T]) -> T | None:
             timeout=SECONDS,
         )
         values = json.loads(done.stdout.splitlines()[-1])
-        return kind(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+        lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+        return kind(**{**values, **lists}), done.stderr
     except (OSError, IndexError, ValueError, TypeError, subprocess.SubprocessError):
-        return None
+        return None, ""
+
+
+def missing_library(complaints: str) -> str | None:
+    """The library that the loader did not find, out of what a process wrote to standard error."""
+    found = re.search(r"([\w.+-]+\.so[.\d]*): cannot open shared object", complaints)
+    return found[1] if found else None
 
 
 def try_runtime() -> RuntimeReport:

@@ -132,6 +132,10 @@ MACHINES: dict[str, tuple[Machine, tuple[tuple[str, str], ...]]] = {
         replace(H100, runtime=NOT_STARTED),
         (*HEALTHY, ("broken", "no graph runs on NVIDIA H100 (sm_90): could not start")),
     ),
+    "gpu wheel that says what it misses": (
+        replace(H100, runtime=replace(NOT_STARTED, missing="libcublasLt.so.13")),
+        (*HEALTHY, ("broken", "no graph runs on NVIDIA H100 (sm_90): libcublasLt.so.13 is not")),
+    ),
     "GPU and gpu wheel without driver": (
         replace(H100, runtime=NOT_STARTED, driver=None, driver_release=None),
         (*HEALTHY, ("broken", "its driver is not installed")),

@@ -290,14 +290,29 @@ def test_an_answer_comes_back_as_it_was(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setenv(
         "PYTHONPATH", ":".join(paths) if sys.platform != "win32" else ";".join(paths)
     )
-    assert ask("tensorrt_of_tests", LoadedLibrary) == LoadedLibrary("10.3.0")
-    assert ask("broken_of_tests", LoadedLibrary) == LoadedLibrary(
+    assert ask("tensorrt_of_tests", LoadedLibrary)[0] == LoadedLibrary("10.3.0")
+    assert ask("broken_of_tests", LoadedLibrary)[0] == LoadedLibrary(
         fault="libnvinfer.so.11: not found"
     )
-    assert ask("crashing_of_tests", LoadedLibrary) is None
+    assert ask("crashing_of_tests", LoadedLibrary) == (None, "")
     monkeypatch.syspath_prepend(tmp_path)
     crashed = gather.library("crashing_of_tests")
     assert crashed is not None and "ends the process" in (crashed.fault or "")
+
+
+def test_what_onnx_runtime_complains_of_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The words are those of onnxruntime-gpu 1.31.1 on a machine without CUDA."""
+    complaint = (
+        "[ONNXRuntimeError] : 1 : FAIL : Failed to load library /site/onnxruntime/capi/"
+        "libonnxruntime_providers_cuda.so with error: libcublasLt.so.13: cannot open shared object "
+        "file: No such file or directory"
+    )
+    monkeypatch.setattr(gather, "ask", lambda name, kind: (RuntimeReport("1.31.1"), complaint))
+    assert gather.runtime().missing == "libcublasLt.so.13"
+    monkeypatch.setattr(gather, "ask", lambda name, kind: (RuntimeReport("1.31.1"), "a warning"))
+    assert gather.runtime().missing is None
+    monkeypatch.setattr(gather, "ask", lambda name, kind: (None, ""))
+    assert "ends the process" in (gather.runtime().fault or "")
 
 
 def test_what_is_not_installed_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
