@@ -12,6 +12,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -25,7 +26,7 @@ from lance_edge.errors import InputError, InvalidOption, InvalidPrompt, LanceErr
 from lance_edge.inputs import InputFormat, Item, read_items
 from lance_edge.pipeline import MAX_CHARS, Looks, Pipeline, Prompt, load
 from lance_edge.policy import ALL
-from lance_edge.report import OutputFormat, Progress, Report, Steps, complain
+from lance_edge.report import OutputFormat, Progress, Report, Steps, complain, printable
 from lance_edge.verdict import Verdict
 from lance_edge_engines import SessionError, available_devices
 
@@ -339,6 +340,39 @@ def info(
             f"device {name:<5} {'offered by the installed runtime' if reason is None else reason}"
         )
     return 0
+
+
+@app.command()
+@exits
+def doctor(
+    bundle: BundleOption = None,
+    output_format: Annotated[
+        Literal["table", "json"], typer.Option("--format", help="How it is written.")
+    ] = "table",
+) -> int:
+    """Show what this machine has, what works on it, and how to mend what does not (exit code 3)."""
+    from lance_edge.doctor import findings, works
+    from lance_edge.gather import gather
+
+    machine = gather(bundle)
+    found = findings(machine)
+    if output_format == "json":
+        values = {
+            "version": __version__,
+            "works": works(found),
+            "findings": [asdict(finding) for finding in found],
+            "machine": asdict(machine),
+        }
+        typer.echo(json.dumps(values, indent=2))
+    else:
+        for name, value in machine.rows():
+            typer.echo(f"{name:<8} {printable(value)}")
+        typer.echo("")
+        for finding in found:
+            typer.echo(f"{finding.level:<8} {printable(finding.text)}")
+            if finding.remedy:
+                typer.echo(f"{'':<8} -> {printable(finding.remedy)}")
+    return 0 if works(found) else FAILED
 
 
 @app.command()
