@@ -351,8 +351,8 @@ def doctor(
     ] = "table",
 ) -> int:
     """Show what this machine has, what works on it, and how to mend what does not (exit code 3)."""
-    from lance_edge.doctor import findings, works
-    from lance_edge.gather import gather
+    from lance_edge.doctor.gather import gather
+    from lance_edge.doctor.judge import findings, works
 
     machine = gather(bundle)
     found = findings(machine)

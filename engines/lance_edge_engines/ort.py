@@ -142,6 +142,8 @@ def _open(
     if reason := why_not(device):
         raise DeviceUnavailable(reason)
     runtime = _import()
+    if device == "cuda" and hasattr(runtime, "preload_dlls"):
+        runtime.preload_dlls()  # CUDA libraries that pip installed are on no search path
     options = runtime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0

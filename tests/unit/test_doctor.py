@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from lance_edge import cli, gather
-from lance_edge.doctor import findings, works
-from lance_edge.machine import BundleState, Clock, Cpu, Jetson, Machine, Memory
-from lance_edge.trials import LoadedLibrary, RuntimeReport
+from lance_edge import cli
+from lance_edge.doctor import gather
+from lance_edge.doctor.judge import findings, works
+from lance_edge.doctor.machine import BundleState, Clock, Cpu, Jetson, Machine, Memory
+from lance_edge.doctor.trials import LoadedLibrary, RuntimeReport
 from lance_edge_engines.driver import Driver, Gpu
 
 GB = 1_000_000_000

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from lance_edge import gather, trials
-from lance_edge.machine import Clock, Cpu, Jetson, Memory
-from lance_edge.trials import SQUARE, LoadedLibrary, RuntimeReport, ask
+from lance_edge.doctor import gather, trials
+from lance_edge.doctor.machine import Clock, Cpu, Jetson, Memory
+from lance_edge.doctor.trials import SQUARE, LoadedLibrary, RuntimeReport, ask
 from lance_edge_engines.driver import Driver, Gpu, read_driver
 
 X86 = """processor\t: 0

@@ -19,8 +19,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lance_edge.machine import BundleState, Clock, Cpu, Jetson, Machine, Memory
-from lance_edge.trials import CRASHED, LoadedLibrary, RuntimeReport, ask, missing_library
+from lance_edge.doctor.machine import BundleState, Clock, Cpu, Jetson, Machine, Memory
+from lance_edge.doctor.trials import CRASHED, LoadedLibrary, RuntimeReport, ask, missing_library
 from lance_edge_engines.driver import Driver, load_library, read_driver
 
 T = TypeVar("T")

@@ -1,20 +1,20 @@
 """Judges a machine: what works, what could work better, what is broken and the command that mends it.
 
-Pure functions over `Machine`; `lance_edge.gather` makes it.
+Pure functions over `Machine`; `lance_edge.doctor.gather` makes it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lance_edge.accelerators import (
+from lance_edge.doctor.accelerators import (
     gpu_findings,
     jetson_findings,
     stock_wheel_serves,
     tensorrt_findings,
 )
-from lance_edge.finding import CPU_WHEEL, GPU_WHEEL, Finding, numbers
-from lance_edge.machine import Machine
+from lance_edge.doctor.finding import CPU_WHEEL, GPU_WHEEL, Finding, numbers
+from lance_edge.doctor.machine import Machine
 
 OLDEST_RUNTIME = (1, 23)
 # Screening takes a quarter of this; a rewrite adds 138 MB of weights, its cache and its buffers.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lance_edge.trials import LoadedLibrary, RuntimeReport
+from lance_edge.doctor.trials import LoadedLibrary, RuntimeReport
 from lance_edge_engines.driver import Driver
 
 

@@ -1,4 +1,4 @@
-"""Tries libraries that may crash, each in a process of its own: `python -m lance_edge.trials NAME`."""
+"""Tries libraries that may crash, each in a process of its own: `python -m lance_edge.doctor.trials NAME`."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def ask(name: str, kind: type[T]) -> tuple[T | None, str]:
     """A probe's answer from a new process, None if that crashed or took too long; and its complaints."""
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "lance_edge.trials", name],
+            [sys.executable, "-m", "lance_edge.doctor.trials", name],
             capture_output=True,
             text=True,
             check=True,

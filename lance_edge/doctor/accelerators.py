@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lance_edge.finding import CPU_WHEEL, GPU_WHEEL, Finding, numbers
-from lance_edge.machine import Jetson, Machine
+from lance_edge.doctor.finding import CPU_WHEEL, GPU_WHEEL, Finding, numbers
+from lance_edge.doctor.machine import Jetson, Machine
 from lance_edge_engines.driver import Driver, Gpu
 
 OLDEST_TENSORRT = (10, 3)

@@ -1,0 +1,1 @@
+"""What this machine has, what works on it, and how to mend the rest: `lance-edge doctor`."""
