@@ -68,8 +68,11 @@ def test_a_provider_that_does_not_start_is_an_error(
     listed = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: listed)
     monkeypatch.setattr(onnxruntime, "InferenceSession", on_cpu)
+    loaded: list[str] = []
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: loaded.append("cuda"))
     with pytest.raises(DeviceUnavailable, match="could not start CUDAExecutionProvider"):
         open_session(graph, "cuda")
+    assert loaded == ["cuda"]  # those that pip installed, before the provider looks for them
 
 
 def test_missing_runtime_names_the_extra(graph: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
