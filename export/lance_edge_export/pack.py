@@ -10,6 +10,7 @@ from typing import Any
 
 from lance_edge.bundle import FORMAT, MANIFEST, Manifest, ScreenerSpec, file_entry, open_bundle
 from lance_edge.pipeline import Pipeline, load
+from lance_edge_export.place import move_into_place
 from lance_edge_export.refiner import RefinerFiles
 
 GOLDENS = "goldens.json"
@@ -60,7 +61,7 @@ def write_bundle(
     with load(partial, device="cpu") as pipeline:
         files[GOLDENS] = _json(goldens(pipeline, golden_prompts))
     _write(partial, manifest, files)
-    _move_into_place(partial, out)
+    move_into_place(partial, out)
 
 
 def add_refiner(
@@ -86,7 +87,7 @@ def add_refiner(
     partial.mkdir(parents=True)
     _write(partial, manifest, files)
     open_bundle(partial).verify()
-    _move_into_place(partial, out)
+    move_into_place(partial, out)
 
 
 def goldens(pipeline: Pipeline, prompts: list[str]) -> list[dict[str, Any]]:
@@ -161,17 +162,3 @@ def _write(folder: Path, manifest: Manifest, files: dict[str, bytes]) -> None:
 
 def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _move_into_place(partial: Path, out: Path) -> None:
-    old = out.with_name(out.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.replace(old)
-    try:
-        partial.replace(out)
-    except OSError:
-        if old.exists():
-            old.replace(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
