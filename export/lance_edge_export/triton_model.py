@@ -15,6 +15,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 import lance_edge
+from lance_edge.cli import read_policy
 from lance_edge.pipeline import Prompt
 from lance_edge_engines import SessionError
 
@@ -37,7 +38,7 @@ class TritonPythonModel:
         parameters = json.loads(args["model_config"])["parameters"]
         folder = Path(args["model_repository"]) / args["model_version"]
         policy = folder / "policy.json"
-        rules = json.loads(policy.read_text(encoding="utf-8")) if policy.is_file() else None
+        rules = read_policy(policy if policy.is_file() else None)
         self.task = _task(parameters["task"]["string_value"])
         self.guard = lance_edge.load(
             folder / "bundle", parameters["device"]["string_value"], rules=rules
