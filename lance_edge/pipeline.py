@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, get_args
 
@@ -292,6 +293,7 @@ def load(
     looks: Looks = "auto",
     threads: int | None = None,
     max_chars: int = MAX_CHARS,
+    public_key: str | os.PathLike[str] | None = None,
 ) -> Pipeline:
     """A pipeline from a bundle's folder; the default bundle if none is given.
 
@@ -304,6 +306,8 @@ def load(
                 are on this machine
     threads     CPU threads for one request; None for one per physical core
     max_chars   longer prompts are refused: they are read in full, which takes time
+    public_key  PEM file; only a bundle that its owner signed is loaded. $LANCE_EDGE_PUBLIC_KEY if
+                none is given; without either, signatures are not looked at
 
     Raises BundleError, InvalidOption, lance_edge_engines.DeviceUnavailable, or, with looks="2",
     RefinerMissing.
@@ -316,7 +320,8 @@ def load(
         )
     if looks not in get_args(Looks):
         raise InvalidOption(f"looks must be one of {', '.join(get_args(Looks))}, not {looks!r}")
-    opened = open_bundle(bundle)
+    public_key = public_key or os.environ.get("LANCE_EDGE_PUBLIC_KEY") or None
+    opened = open_bundle(bundle, None if public_key is None else Path(public_key))
     chosen = policy(opened, thresholds, rules)
     spec = opened.manifest.screener
     tokenizer = Tokenizer(opened.read(spec.tokenizer), spec.window, spec.overlap)

@@ -330,7 +330,7 @@ def files(precision: Precision = "int8") -> dict[str, bytes]:
 
 def npz(arrays: Mapping[str, Array]) -> bytes:
     out = io.BytesIO()
-    np.savez(out, allow_pickle=False, **arrays)
+    np.savez(out, **arrays)
     return out.getvalue()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from lance_edge.bundle import FORMAT, MANIFEST, Manifest, ScreenerSpec, file_entry, open_bundle
 from lance_edge.pipeline import Pipeline, load
+from lance_edge_export.place import whole
 from lance_edge_export.refiner import RefinerFiles
 
 GOLDENS = "goldens.json"
@@ -54,14 +54,12 @@ def write_bundle(
     files["README.md"] = card(
         manifest, json.loads(files["taxonomy.json"]), json.loads(files["calibration.json"])
     )
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    _write(partial, manifest, files)
-    with load(partial, device="cpu") as pipeline:
-        files[GOLDENS] = _json(goldens(pipeline, golden_prompts))
-    _write(partial, manifest, files)
-    _move_into_place(partial, out)
+    with whole(out) as partial:
+        partial.mkdir()
+        _write(partial, manifest, files)
+        with load(partial, device="cpu") as pipeline:
+            files[GOLDENS] = _json(goldens(pipeline, golden_prompts))
+        _write(partial, manifest, files)
 
 
 def add_refiner(
@@ -82,12 +80,10 @@ def add_refiner(
     )
     taxonomy, calibration = (json.loads(files[n]) for n in (before.taxonomy, before.calibration))
     files["README.md"] = card(manifest, taxonomy, calibration)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    _write(partial, manifest, files)
-    open_bundle(partial).verify()
-    _move_into_place(partial, out)
+    with whole(out) as partial:
+        partial.mkdir()
+        _write(partial, manifest, files)
+        open_bundle(partial).verify()
 
 
 def goldens(pipeline: Pipeline, prompts: list[str]) -> list[dict[str, Any]]:
@@ -162,17 +158,3 @@ def _write(folder: Path, manifest: Manifest, files: dict[str, bytes]) -> None:
 
 def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _move_into_place(partial: Path, out: Path) -> None:
-    old = out.with_name(out.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.replace(old)
-    try:
-        partial.replace(out)
-    except OSError:
-        if old.exists():
-            old.replace(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -174,7 +174,8 @@ def second_look(checkpoint: Path, categories: Sequence[str]) -> bytes:
 def npz(arrays: Mapping[str, Array]) -> bytes:
     """Arrays as a compressed archive without any pickled object."""
     out = io.BytesIO()
-    np.savez_compressed(out, allow_pickle=False, **arrays)
+    named: dict[str, Any] = dict(arrays)  # NumPy 1 would take allow_pickle=False for an array
+    np.savez_compressed(out, **named)
     return out.getvalue()
 
 

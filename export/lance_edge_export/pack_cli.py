@@ -1,0 +1,84 @@
+"""`lance-edge pack`: a bundle for another machine, or for a server. Imports nothing heavy until it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from lance_edge.cli import PublicKeyOption, exits
+
+app = typer.Typer(
+    help="Pack a bundle for other machines.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@app.command()
+@exits
+def pack(
+    bundle: Annotated[
+        Path | None,
+        typer.Argument(help="Folder of the bundle; the installed one if none is named."),
+    ] = None,
+    *,
+    out: Annotated[
+        Path, typer.Option(help="Where it goes; what was packed there before is replaced.")
+    ],
+    output_format: Annotated[
+        Literal["bundle", "triton"],
+        typer.Option("--format", help="A bundle, or a model repository for Triton."),
+    ] = "bundle",
+    with_weights: Annotated[
+        bool,
+        typer.Option(
+            "--with-weights/--without-weights",
+            help="Put the refiner's pulled weights in, so that nothing has to be fetched.",
+            show_default="with",
+        ),
+    ] = True,
+    sign: Annotated[
+        Path | None,
+        typer.Option(help="PEM file with a private key that signs it.", show_default="not signed"),
+    ] = None,
+    public_key: PublicKeyOption = None,
+) -> int:
+    """Pack a bundle for another machine: whole, with its weights, signed; or as a Triton repository."""
+    from lance_edge.bundle import open_bundle
+    from lance_edge.signature import sign as sign_bundle
+    from lance_edge_export.place import whole
+    from lance_edge_export.portable import copy_bundle
+    from lance_edge_export.triton import write_repository
+
+    opened = open_bundle(bundle, public_key)
+    check_replaceable(out, output_format)
+    with whole(out) as folder:
+        if output_format == "triton":
+            packed = write_repository(opened, folder, with_weights)
+        else:
+            copy_bundle(opened, folder, with_weights)
+            packed = [folder]
+        if sign is not None:
+            for inside in packed:
+                sign_bundle(inside, sign, opened.manifest.name)
+    typer.echo(f"wrote {out}")
+    return 0
+
+
+def check_replaceable(out: Path, output_format: Literal["bundle", "triton"]) -> None:
+    """Raise InvalidOption where something else than an earlier pack would be lost."""
+    from lance_edge.bundle import MANIFEST
+    from lance_edge.errors import InvalidOption
+    from lance_edge_export.triton import MODELS
+
+    if not out.exists():
+        return
+    found = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
+    ours = MANIFEST in found if output_format == "bundle" else found <= set(MODELS)
+    if found and not (ours and out.is_dir()):
+        raise InvalidOption(
+            f"--out {out} holds something else than a packed {output_format}; name a new folder"
+        )
