@@ -36,12 +36,15 @@ T = TypeVar("T")
 # Commands of the export toolchain: "module:typer app", imported only when they are called for.
 TOOLS = {
     "export": "lance_edge_export.cli:app",
+    "plan": "lance_edge_export.plan_cli:app",
 }
 # What those commands need beyond the base install: module -> extra that brings it.
 EXTRAS = {
     "onnx": "export",
     "onnxscript": "export",
     "safetensors": "export",
+    "tensorrt": "tensorrt",
+    "tensorrt_rtx": "rtx",
     "torch": "export",
     "tqdm": "export",
     "transformers": "export",
