@@ -123,7 +123,7 @@ def _source(
     quantise = makers[product.input[0]]
     divide = makers.get(quantise.input[0])
     if quantise.op_type != "QuantizeLinear" or divide is None or divide.op_type != "Div":
-        raise _unknown_form(quantise.op_type)
+        raise _unknown_form(product.op_type)
     balanced = divide.input[0]
     balance = makers.get(balanced)
     if balance is None or not balanced.endswith("/balanced"):
@@ -135,14 +135,13 @@ def _follow(
     start: NodeProto, kinds: tuple[str, ...], readers: dict[str, list[NodeProto]]
 ) -> list[NodeProto]:
     """The chain of nodes after one, each the only reader of the one before."""
-    chain = []
+    chain = [start]
     for kind in kinds:
-        following = readers[start.output[0]]
+        following = readers[chain[-1].output[0]]
         if len(following) != 1 or following[0].op_type != kind:
             raise _unknown_form(start.op_type)
-        (start,) = following
-        chain.append(start)
-    return chain
+        chain += following
+    return chain[1:]
 
 
 def _is_integer_table(candidate: NodeProto, graph: Graph) -> bool:
