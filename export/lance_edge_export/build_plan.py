@@ -7,8 +7,10 @@ to standard output as lines of JSON; the job's answer is a file.
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -305,5 +307,17 @@ def _name(value: Any) -> str:
     return str(value).rpartition(".")[2]
 
 
+def _die_with_parent() -> None:
+    """The parent holds the other end of standard input; when it is gone, nobody waits for the plan."""
+
+    def watch() -> None:
+        while os.read(0, 1):  # not sys.stdin, whose lock the interpreter wants when it ends
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 if __name__ == "__main__":
+    _die_with_parent()
     sys.exit(main(Path(sys.argv[1])))

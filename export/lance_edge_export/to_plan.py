@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -71,6 +72,7 @@ def build_plans(
         raise InvalidOption(f"{out} exists; name another folder, or remove it first")
     check_targets(options)
     out.parent.mkdir(parents=True, exist_ok=True)
+    _remove_old(out)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         built = [build_part(bundle, part, partial, options, report) for part in parts]
@@ -144,12 +146,16 @@ def run_build(job: Job, progress: Callable[[float], None]) -> Built:
     """Do a job in a process of its own. Raises ExportError with what it says, or how it died."""
     path = Path(job.out).with_suffix(".job.json")
     path.write_text(json.dumps(asdict(job)), encoding="utf-8")
-    # The child finds what this process finds, also where that was put on sys.path by hand.
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, sys.path))}
     command = [sys.executable, "-m", "lance_edge_export.build_plan", str(path)]
     with (
         path.with_suffix(".log").open("w+b") as log,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment) as child,
+        subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=child_environment(),
+        ) as child,
     ):
         try:
             assert child.stdout is not None
@@ -161,7 +167,8 @@ def run_build(job: Job, progress: Callable[[float], None]) -> Built:
             child.kill()
             raise
         log.seek(0)
-        complaints = log.read().decode("utf-8", errors="replace").strip().splitlines()
+        written = log.read().decode("utf-8", errors="replace").splitlines()
+        complaints = [line for line in written if line and not line[0].isspace()]
     answer = answer_path(path)
     built = Built(**json.loads(answer.read_bytes())) if answer.is_file() else None
     if built is None or (code != 0 and built.error is None):
@@ -174,6 +181,11 @@ def run_build(job: Job, progress: Callable[[float], None]) -> Built:
     if built.error is not None:
         raise ExportError(built.error)
     return built
+
+
+def child_environment() -> dict[str, str]:
+    """The builder finds what this process finds, also what was put on sys.path by hand."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, sys.path))}
 
 
 def entry_of(graph: PlanGraph, contents: bytes, built: Built, options: PlanOptions) -> PlanEntry:
@@ -230,6 +242,13 @@ def summary(record: PlanRecord) -> list[str]:
                 "of GPU memory beside the weights"
             )
     return lines
+
+
+def _remove_old(out: Path) -> None:
+    """What builds of this folder that were killed have left, a day ago or longer."""
+    for left in out.parent.glob(f".{out.name}.*"):
+        if time.time() - left.stat().st_mtime > 86_400:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _share(line: bytes) -> float | None:
