@@ -62,7 +62,8 @@ def row(parameter: inspect.Parameter, hint: Any) -> str:
     """One option or argument."""
     kind, declared = get_args(hint)[:2]
     if isinstance(declared, ArgumentInfo):
-        return f"| `{parameter.name.upper()}...` | {declared.help} | |"
+        more = "..." if get_origin(kind) is list else ""
+        return f"| `{parameter.name.upper()}{more}` | {declared.help} | |"
     # In Annotated, the first name that an option declares stands in the place of its default.
     declared_names = [declared.default, *(declared.param_decls or ())]
     names = [name for name in declared_names if isinstance(name, str) and name.startswith("-")]

@@ -44,7 +44,7 @@ class PlanEntry:
     network       layers and types of the parsed graph
     engine        layers, types, inputs and outputs as the runtime has them; None if it was not read back
     not_read_back why it was not
-    build         seconds, peak_mib: what building took
+    build         seconds, cpu_seconds (of all threads), peak_mib: what building took
     """
 
     file: str

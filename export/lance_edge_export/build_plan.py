@@ -14,7 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -63,8 +63,7 @@ class Built:
     network: dict[str, Any] | None = None
     engine: dict[str, Any] | None = None
     not_read_back: str | None = None
-    seconds: float = 0.0
-    peak_mib: float | None = None
+    build: dict[str, Any] = field(default_factory=dict)
 
 
 def main(path: Path) -> int:
@@ -100,7 +99,7 @@ def build(job: Job, progress: Callable[[float], None]) -> Built:
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise SessionError(f"{job.runtime} cannot build the plan: {complaint(log)}")
-    seconds = time.perf_counter() - started
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time()
     Path(job.out).write_bytes(plan)
     if timing is not None and job.timing is not None:
         Path(job.timing).write_bytes(timing.serialize())
@@ -112,8 +111,11 @@ def build(job: Job, progress: Callable[[float], None]) -> Built:
         network=describe_network(network),
         engine=engine,
         not_read_back=unread,
-        seconds=round(seconds, 2),
-        peak_mib=peak_mib(),
+        build={
+            "seconds": round(seconds, 2),
+            "cpu_seconds": round(cpu_seconds, 2),
+            "peak_mib": peak_mib(),
+        },
     )
 
 

@@ -25,20 +25,18 @@ app = typer.Typer(
 @app.command()
 @exits
 def plan(
+    runtime: Annotated[Literal["tensorrt", "rtx"], typer.Option(help="What will run the plans.")],
+    out: Annotated[Path, typer.Option(help="A new folder for the plans.")],
     bundle: Annotated[
         Path | None,
         typer.Argument(help="Folder of the bundle; the installed one if none is given."),
     ] = None,
-    runtime: Annotated[
-        Literal["tensorrt", "rtx"], typer.Option(help="What will run the plans.")
-    ] = "tensorrt",
-    out: Annotated[Path, typer.Option(help="A new folder for the plans.")] = Path("plans"),
     precision: Annotated[
         Literal["fp32", "fp16"], typer.Option(help="Of weights and products.")
     ] = "fp16",
     only: Annotated[
         Literal["screener", "refiner"] | None,
-        typer.Option(help="Build one of them.", show_default="both"),
+        typer.Option(help="Build the screener's or the refiner's plan.", show_default="both"),
     ] = None,
     device: Annotated[str, typer.Option(help="The GPU that builds, and runs TensorRT's plans.")] = (
         "cuda:0"

@@ -118,6 +118,7 @@ def build_part(
         plan = Path(scratch) / f"{part}.plan"
         report(what, 0.0)
         answer = run_build(job_of(graph, plan, options), lambda share: report(what, share))
+        report(what, 1.0)
         contents = plan.read_bytes()
         entry = entry_of(graph, contents, answer, options)
         plan.replace(folder / entry.file)
@@ -215,7 +216,7 @@ def entry_of(graph: PlanGraph, contents: bytes, built: Built, options: PlanOptio
         network=built.network or {},
         engine=built.engine,
         not_read_back=built.not_read_back,
-        build={"seconds": built.seconds, "peak_mib": built.peak_mib},
+        build=built.build,
     )
 
 
