@@ -85,7 +85,7 @@ class FakeMemory:
         pass
 
     def close(self) -> None:
-        pass
+        self.stream = 0  # which a run refuses
 
 
 def within(address: int, size: int) -> None:
@@ -426,6 +426,8 @@ class Context:
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         assert name in self.engine.tensors and isinstance(address, int)
+        on_host = self.engine.tensors[name].is_shape_tensor
+        assert on_host != (address in FakeMemory.BLOCKS), f"{name} lies in the wrong memory"
         self.addresses[name] = address
         return True
 

@@ -42,7 +42,7 @@ def open_plan(
     name     "screener" or "refiner"
     sources  SHA-256 of the bundle's files that it should have been made from; None to take any
     gpu      the device's number
-    memory   of the device; None to open it
+    memory   of the device, for this session alone; None to open it
 
     Raises PlanStale if the plan fits another graph, runtime version or GPU, DeviceUnavailable
     without the runtime or a GPU, and SessionError if the runtime refuses the plan.
@@ -137,7 +137,8 @@ class PlanState:
     def _allocate(self, name: str) -> int:
         size = int(np.prod(self.shapes[name])) * self._dtypes[name].itemsize
         address = self._memory.allocate(size)
-        weakref.finalize(self, self._memory.free, address)
+        # When the process ends, the driver frees everything by itself.
+        weakref.finalize(self, self._memory.free, address).atexit = False
         return address
 
 
@@ -209,6 +210,7 @@ class PlanSession:
             self._buffers = {}
             # In this order: each needs the one after it.
             self._context = self._engine = self._runtime = None
+            self._memory.close()
 
     def _specs(self, mode: Any) -> list[TensorSpec]:
         engine, specs = self._engine, []
