@@ -144,7 +144,7 @@ class PlainBuilder(Builder):
     def product(self, weight: str, x: str, middle: str = "") -> str:
         """x @ weight, in the graph's precision; the result is fp32."""
         if weight == "embedding":
-            # In fp16, the best two of 49,152 logits would often round to one number.
+            # fp16 has 11 bits: close logits, of which there are 49,152, would round to one number.
             return self.add("MatMul", [x, self.widened("embedding")], "embedding.out")
         return self.multiply(x, weight, f"{weight}.out")
 
