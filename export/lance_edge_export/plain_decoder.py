@@ -7,8 +7,10 @@ Inputs, outputs and names are those of `decoder_graph`, so one runtime drives bo
   attention masks by absolute position, so that several new tokens a step and a lowered `past` work;
 - the gated activations are not rotated: nothing rounds them to 8 bits. Their weights are turned back.
 
-In fp16, weights, the cache and the inputs of products are fp16. Sums along the residual stream,
-norms, rotary positions, softmax, the second look and what argmax compares stay in fp32.
+In fp16, the layers' weights, the cache and the inputs of products are fp16. Sums along the residual
+stream, norms, rotary positions, softmax and the second look stay in fp32. So does the embedding, which
+gives the logits too: fp16 has 11 bits, and close ones of 49,152 would round to one number. (With the
+embedding in fp16 and a cast before the product, a plan holds it twice: rtx 1.7.1 folds the cast.)
 """
 
 from __future__ import annotations
@@ -48,12 +50,12 @@ def plain_decoder_graph(
 
 
 def plain_layout(shape: LlamaShape, categories: int, precision: FloatPrecision) -> list[Entry]:
-    """The arrays of the graph's weights file in order; the large matrices are in the precision."""
-    large = _large(shape)
+    """The arrays of the graph's weights file in order; the layers' matrices are in the precision."""
+    of_layers = _layers(shape)
     entries: list[Entry] = []
     end = 0
     for entry in layout(shape, categories, "fp32"):
-        half = precision == "fp16" and entry.name in large
+        half = precision == "fp16" and entry.name in of_layers
         dtype = np.dtype("f2") if half else entry.dtype
         made = Entry(entry.name, dtype, entry.shape, -(-end // ALIGNMENT) * ALIGNMENT)
         entries.append(made)
@@ -129,9 +131,6 @@ class PlainBuilder(Builder):
         """A constant's value."""
         return onnx.numpy_helper.to_array(self.constants[name])
 
-    def float_rows(self, ids: str) -> str:
-        return self.widened("embed.rows")
-
     def norm(self, name: str, hidden: str) -> str:
         last = self.constant("minus1", [-1], np.int64)
         self.add("Mul", [hidden, hidden], f"{name}.squares")
@@ -142,10 +141,9 @@ class PlainBuilder(Builder):
         return self.add("Div", [hidden, f"{name}.root"], f"{name}.out")
 
     def product(self, weight: str, x: str, middle: str = "") -> str:
-        """x @ weight, in the graph's precision; the result is fp32."""
+        """x @ weight, in the graph's precision, logits in fp32; the result is fp32."""
         if weight == "embedding":
-            # fp16 has 11 bits: close logits, of which there are 49,152, would round to one number.
-            return self.add("MatMul", [x, self.widened("embedding")], "embedding.out")
+            return self.add("MatMul", [x, weight], f"{weight}.out")
         return self.multiply(x, weight, f"{weight}.out")
 
     def attention(self, index: int, qkv: str) -> str:
@@ -208,16 +206,11 @@ class PlainBuilder(Builder):
         """x in the precision of products."""
         return self.add("Cast", [x], f"{x}.narrow", to=HALF) if self.half else x
 
-    def widened(self, x: str) -> str:
-        """x, which is in the precision of products, in fp32."""
-        return self.add("Cast", [x], f"{x}.wide", to=FLOAT) if self.half else x
-
     def split(self, inputs: list[str], outputs: list[str]) -> None:
         """Parts along the heads' axis."""
         self.nodes.append(onnx.helper.make_node("Split", inputs, outputs, axis=1))
 
 
-def _large(shape: LlamaShape) -> set[str]:
-    """The matrices that make up the file's size."""
-    packed = {f"{layer}.{name}" for layer in range(shape.layers) for name in matrix_sizes(shape)}
-    return {"embedding", *packed}
+def _layers(shape: LlamaShape) -> set[str]:
+    """The matrices of the layers."""
+    return {f"{layer}.{name}" for layer in range(shape.layers) for name in matrix_sizes(shape)}

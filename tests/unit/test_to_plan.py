@@ -47,6 +47,7 @@ def silent(*_: Any) -> None:
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "LIBRARIES", ("libno-such-driver.so",))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # for child processes
 
 
 @pytest.fixture
@@ -99,14 +100,14 @@ def test_a_folder_with_plans_and_their_record(rtx: Path, tiny_bundle: Path, tmp_
     assert (entry.bytes, entry.targets) == ((out / entry.file).stat().st_size, ("sm_86",))
     assert entry.file.startswith("screener-rtx-fp16-")
     assert entry.profiles[0]["ids"] == ((1, 8), (1, 16), (32, 16))
-    assert entry.engine is None and "no NVIDIA driver" in (entry.not_read_back or "")
+    assert entry.engine is None and entry.not_read_back
     assert entry.network["layers"] == 9  # 8 nodes, and a cast behind the table in fp16
-    assert entry.build["seconds"] > 0
+    assert set(entry.build) == {"seconds", "cpu_seconds", "peak_mib"}
     if sys.platform == "linux":
         assert 10 < entry.build["peak_mib"] < 2000
     shares = [share for what, share in told if what == "building the screener's plan"]
     assert shares == [0.0, 0.25, 1.0, 1.0]
-    assert any("not read back: this machine has no NVIDIA driver" in x for x in summary(record))
+    assert any(f"not read back: {entry.not_read_back}" in line for line in summary(record))
 
 
 def test_what_a_plan_is_built_from_changes_its_name(
