@@ -35,6 +35,7 @@ class PlanEntry:
     """One plan.
 
     file, sha256, bytes  where it lies, in the record's folder
+    graph_sha256  of the ONNX file that was parsed
     sources       what it was made from: file -> SHA-256, as in the bundle's manifest
     precision     fp32 or fp16
     targets       compute capabilities it runs on, as in sm_86; empty for all that the runtime knows
@@ -50,6 +51,7 @@ class PlanEntry:
     file: str
     sha256: str
     bytes: int
+    graph_sha256: str
     sources: dict[str, str]
     precision: str
     targets: tuple[str, ...]

@@ -18,7 +18,7 @@ from lance_edge_export.graph import FLOAT, Graph, node
 from lance_edge_export.plain_decoder import HALF, FloatPrecision
 from lance_edge_export.quantise import MIN_COLUMNS
 
-OPSET = 20  # the newest that TensorRT 10.3's parser reads
+OPSET = 20  # the oldest that float graphs of our exporter can be called: older parsers read those
 
 
 def float_screener(model: onnx.ModelProto, precision: FloatPrecision) -> onnx.ModelProto:
@@ -68,7 +68,7 @@ def float_products(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def plain_gelu(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Gelu as x / 2 * (1 + erf(x / sqrt 2)), which TensorRT fuses again: 10.3 lists no Gelu."""
+    """Gelu as x / 2 * (1 + erf(x / sqrt 2)): the operator came with opset 20, its parts are old."""
     graph = Graph(model)
     root = graph.constant("plain/root_half", np.array(1 / math.sqrt(2), np.float32))
     one = graph.constant("plain/one", np.array(1, np.float32))

@@ -3,8 +3,8 @@
 Inputs, outputs and names are those of `decoder_graph`, so one runtime drives both. What differs:
 
 - products are floating point: TensorRT has no integer product with one scale a row;
-- the cache is written with ScatterND, which every TensorRT from 10.3 on maps to its own layer, and
-  attention masks by absolute position, so that several new tokens a step and a lowered `past` work;
+- the cache is written with ScatterND, and attention masks by absolute position, so that several new
+  tokens a step and a lowered `past` work;
 - the gated activations are not rotated: nothing rounds them to 8 bits. Their weights are turned back.
 
 In fp16, the layers' weights, the cache and the inputs of products are fp16. Sums along the residual
@@ -82,7 +82,7 @@ def plain_weights(
 class PlainBuilder(Builder):
     """Adds the same parts in standard operators."""
 
-    domains = (("", 18),)  # the first that has all of them; TensorRT 10.3 reads up to 20
+    domains = (("", 18),)  # the first that has all of them: old parsers read old opsets
     ir_version = 8
 
     def __init__(self, shape: LlamaShape, precision: FloatPrecision) -> None:

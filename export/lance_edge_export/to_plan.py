@@ -192,7 +192,9 @@ def child_environment() -> dict[str, str]:
 def entry_of(graph: PlanGraph, contents: bytes, built: Built, options: PlanOptions) -> PlanEntry:
     """The record of a plan; its file's name carries the fingerprint of what it was built from."""
     targets = options.targets or ((built.sm,) if options.runtime == "tensorrt" and built.sm else ())
+    graph_sha256 = hashlib.sha256(graph.path.read_bytes()).hexdigest()
     fingerprint = {
+        "graph": graph_sha256,
         "runtime": [options.runtime, built.version],
         "gpu": built.gpu if options.runtime == "tensorrt" else None,
         "targets": targets,
@@ -206,6 +208,7 @@ def entry_of(graph: PlanGraph, contents: bytes, built: Built, options: PlanOptio
         file=f"{graph.part}-{options.runtime}-{options.precision}-{short}.plan",
         sha256=hashlib.sha256(contents).hexdigest(),
         bytes=len(contents),
+        graph_sha256=graph_sha256,
         sources=graph.sources,
         precision=options.precision,
         targets=targets,

@@ -97,6 +97,7 @@ def test_a_folder_with_plans_and_their_record(rtx: Path, tiny_bundle: Path, tmp_
     bundle = open_bundle(tiny_bundle)
     assert record.bundle["sha256"] == bundle.sha256
     assert entry.sources == {"screener.onnx": bundle.manifest.files["screener.onnx"].sha256}
+    assert len(entry.graph_sha256) == 64
     assert (entry.bytes, entry.targets) == ((out / entry.file).stat().st_size, ("sm_86",))
     assert entry.file.startswith("screener-rtx-fp16-")
     assert entry.profiles[0]["ids"] == ((1, 8), (1, 16), (32, 16))
