@@ -38,6 +38,7 @@ T = TypeVar("T")
 TOOLS = {
     "export": "lance_edge_export.cli:app",
     "pack": "lance_edge_export.pack_cli:app",
+    "plan": "lance_edge_export.plan_cli:app",
 }
 # What those commands need beyond the base install: module -> extra that brings it.
 EXTRAS = {
@@ -45,6 +46,8 @@ EXTRAS = {
     "onnx": "export",
     "onnxscript": "export",
     "safetensors": "export",
+    "tensorrt": "tensorrt",
+    "tensorrt_rtx": "rtx",
     "torch": "export",
     "tqdm": "export",
     "transformers": "export",

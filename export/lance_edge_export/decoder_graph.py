@@ -13,6 +13,8 @@ mean, deviation  [C]     the second look's latent severities, read at row `first
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
@@ -31,13 +33,20 @@ def decoder_graph(
 
     context  positions that the rotary tables cover: the longest cache
     """
-    builder = _Builder(shape, precision)
+    entries = layout(shape, categories, precision)
+    return assemble(Builder(shape, precision), entries, categories, context)
+
+
+def assemble(
+    builder: Builder, entries: list[Entry], categories: int, context: int
+) -> onnx.ModelProto:
+    """The graph that a builder makes, over the weights that `entries` describe."""
+    shape = builder.shape
     builder.tables(context)
     hidden = builder.embed("ids")
     for layer in range(shape.layers):
         hidden = builder.layer(layer, hidden)
     builder.outputs(hidden)
-    entries = layout(shape, categories, precision)
     cache: list[str | int | None] = ["batch", shape.kv_heads, "capacity", shape.head_size]
     kept = [f"{kind}.{layer}" for layer in range(shape.layers) for kind in ("key", "value")]
     value = helper.make_tensor_value_info
@@ -48,27 +57,30 @@ def decoder_graph(
             value("ids", TensorProto.INT64, [1, "T"]),
             value("past", TensorProto.INT32, [1]),
             value("first", TensorProto.INT64, [1]),
-            *(value(f"past.{name}", FLOAT, cache) for name in kept),
+            *(value(f"past.{name}", builder.cache_type, cache) for name in kept),
         ],
         [
             value("tokens", TensorProto.INT64, ["wanted"]),
             value("mean", FLOAT, [categories]),
             value("deviation", FLOAT, [categories]),
-            *(value(f"present.{name}", FLOAT, cache) for name in kept),
+            *(value(f"present.{name}", builder.cache_type, cache) for name in kept),
         ],
         [*builder.constants.values(), *map(_external, entries)],
     )
-    model = helper.make_model(
+    return helper.make_model(
         graph,
-        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)],
-        ir_version=IR,
+        opset_imports=[helper.make_opsetid(*domain) for domain in builder.domains],
+        ir_version=builder.ir_version,
         producer_name="lance-edge",
     )
-    return model
 
 
-class _Builder:
+class Builder:
     """Collects nodes; each method adds one part of the network and returns its output's name."""
+
+    domains: Sequence[tuple[str, int]] = (("", OPSET), (CONTRIB, 1))
+    ir_version = IR
+    cache_type: int = FLOAT
 
     def __init__(self, shape: LlamaShape, precision: Precision) -> None:
         self.shape, self.precision = shape, precision
@@ -91,55 +103,37 @@ class _Builder:
         self.constant("cos", np.cos(angle), np.float32)
         self.constant("sin", np.sin(angle), np.float32)
         self.add("Shape", ["ids"], "T", start=1, end=2)
-        self.add("Cast", ["T"], "T.int32", to=TensorProto.INT32)
-        self.add("Add", ["past", "T.int32"], "total.row")
-        self.add("Sub", ["total.row", self.constant("one.int32", [1], np.int32)], "last")
-        self.add("Squeeze", ["total.row"], "total")
+        self.positions()
         if self.precision == "int8":
             self.constant("middle", LEVELS, np.uint8)
             self.add("Expand", [self.constant("middle.row", [LEVELS], np.uint8), "T"], "middle.T")
 
+    def positions(self) -> None:
+        """Where the new tokens stand, as attention wants to know it."""
+        self.add("Cast", ["T"], "T.int32", to=TensorProto.INT32)
+        self.add("Add", ["past", "T.int32"], "total.row")
+        self.add("Sub", ["total.row", self.constant("one.int32", [1], np.int32)], "last")
+        self.add("Squeeze", ["total.row"], "total")
+
     def embed(self, ids: str) -> str:
         self.add("Gather", ["embedding", ids], "embed.columns", axis=1)  # [H, 1, T]
         self.add("Transpose", ["embed.columns"], "embed.rows", perm=[1, 2, 0])
-        rows = "embed.rows"
-        if self.precision == "int8":
-            rows = self.scale_rows(ids)
-        return self.add("MatMul", [rows, "enter"], "embed")
+        return self.add("MatMul", [self.float_rows(ids), "enter"], "embed")
 
-    def scale_rows(self, ids: str) -> str:
+    def float_rows(self, ids: str) -> str:
+        """The embeddings, `embed.rows`, in fp32."""
+        if self.precision == "fp32":
+            return "embed.rows"
         self.add("Cast", ["embed.rows"], "embed.float", to=FLOAT)
         self.add("Gather", ["embedding.scale", ids], "embed.scale")
         self.add("Unsqueeze", ["embed.scale", self.constant("minus1", [-1], np.int64)], "embed.s")
         return self.add("Mul", ["embed.float", "embed.s"], "embed.scaled")
 
     def layer(self, index: int, hidden: str) -> str:
-        name, shape = f"{index}.", self.shape
+        name = f"{index}."
         x = self.norm(f"{name}qkv.norm", hidden)
         qkv = self.product(f"{name}qkv", x)
-        self.nodes.append(
-            helper.make_node(
-                "GroupQueryAttention",
-                [
-                    qkv,
-                    "",
-                    "",
-                    f"past.key.{index}",
-                    f"past.value.{index}",
-                    "last",
-                    "total",
-                    "cos",
-                    "sin",
-                ],
-                [f"{name}attended", f"present.key.{index}", f"present.value.{index}"],
-                name=f"{name}attention",
-                domain=CONTRIB,
-                num_heads=shape.heads,
-                kv_num_heads=shape.kv_heads,
-                do_rotary=1,
-            )
-        )
-        o = self.product(f"{name}o", f"{name}attended")
+        o = self.product(f"{name}o", self.attention(index, qkv))
         hidden = self.add("Add", [hidden, o], f"{name}middle")
         x = self.norm(f"{name}gate_up.norm", hidden)
         both = self.product(f"{name}gate_up", x)
@@ -151,6 +145,23 @@ class _Builder:
         x = self.add("Mul", [f"{name}silu", f"{name}up"], f"{name}gated")
         down = self.product(f"{name}down", self.rotate_gated(x))
         return self.add("Add", [hidden, down], f"{name}out")
+
+    def attention(self, index: int, qkv: str) -> str:
+        """Queries of the new tokens over all that is kept; updates the cache  [1, T, heads * size]"""
+        kept = [f"past.key.{index}", f"past.value.{index}"]
+        self.nodes.append(
+            helper.make_node(
+                "GroupQueryAttention",
+                [qkv, "", "", *kept, "last", "total", "cos", "sin"],
+                [f"{index}.attended", f"present.key.{index}", f"present.value.{index}"],
+                name=f"{index}.attention",
+                domain=CONTRIB,
+                num_heads=self.shape.heads,
+                kv_num_heads=self.shape.kv_heads,
+                do_rotary=1,
+            )
+        )
+        return f"{index}.attended"
 
     def rotate_gated(self, x: str) -> str:
         """Spread outliers over their block (see `make_weights`)."""
@@ -218,7 +229,7 @@ class _Builder:
 
 
 def _external(entry: Entry) -> TensorProto:
-    kind = FLOAT if entry.dtype == np.float32 else TensorProto.INT8
+    kind = helper.np_dtype_to_tensor_dtype(entry.dtype)
     tensor = TensorProto(name=entry.name, data_type=kind, dims=entry.shape)
     tensor.data_location = TensorProto.EXTERNAL
     for key, value in (

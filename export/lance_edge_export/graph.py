@@ -37,6 +37,10 @@ class Graph:
                 readers[name].append(node)
         return readers
 
+    def producers(self) -> dict[str, NodeProto]:
+        """Tensor name -> the node that makes it."""
+        return {name: node for node in self.model.graph.node for name in node.output}
+
     def constant(self, name: str, value: npt.NDArray[Any]) -> str:
         """Add a constant under this name, or reuse it; returns the name."""
         if name in self.constants and not np.array_equal(self.constants[name], value):
@@ -53,6 +57,17 @@ class Graph:
         ]
         del self.model.graph.node[:]
         self.model.graph.node.extend(nodes)
+
+    def drop_unread(self) -> None:
+        """Remove the nodes that no output depends on."""
+        needed = {value.name for value in self.model.graph.output}
+        kept = []
+        for node in reversed(self.model.graph.node):
+            if needed.intersection(node.output):
+                kept.append(node)
+                needed.update(node.input)
+        del self.model.graph.node[:]
+        self.model.graph.node.extend(reversed(kept))
 
     def finish(self) -> onnx.ModelProto:
         """The rewritten model, checked, with the constants that are still used."""
@@ -76,4 +91,4 @@ def node(
     return helper.make_node(op, list(inputs), outputs, name=f"{outputs[0]}/{op}", **attributes)
 
 
-FLOAT = TensorProto.FLOAT
+FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16

@@ -10,12 +10,10 @@ from collections.abc import Collection
 
 import numpy as np
 import onnx
-from onnx import NodeProto, TensorProto
+from onnx import NodeProto
 
-from lance_edge_export.graph import FLOAT, Graph, node
+from lance_edge_export.graph import FLOAT, HALF, Graph, node
 from lance_edge_export.quantise import MIN_COLUMNS, checked_layers
-
-HALF = TensorProto.FLOAT16
 
 
 def half_products(model: onnx.ModelProto, keep_fp32: Collection[str] = ()) -> onnx.ModelProto:

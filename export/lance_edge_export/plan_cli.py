@@ -1,0 +1,114 @@
+"""`lance-edge plan`: a bundle to TensorRT plans. Imports nothing heavy until it runs."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from lance_edge.cli import exits
+from lance_edge.errors import InvalidOption
+from lance_edge.report import Steps
+
+app = typer.Typer(
+    help="Build TensorRT plans of a bundle.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@app.command()
+@exits
+def plan(
+    runtime: Annotated[Literal["tensorrt", "rtx"], typer.Option(help="What will run the plans.")],
+    out: Annotated[Path, typer.Option(help="A new folder for the plans.")],
+    bundle: Annotated[
+        Path | None,
+        typer.Argument(help="Folder of the bundle; the installed one if none is given."),
+    ] = None,
+    precision: Annotated[
+        Literal["fp32", "fp16"], typer.Option(help="Of weights and products.")
+    ] = "fp16",
+    only: Annotated[
+        Literal["screener", "refiner"] | None,
+        typer.Option(help="Build the screener's or the refiner's plan.", show_default="both"),
+    ] = None,
+    device: Annotated[str, typer.Option(help="The GPU that builds, and runs TensorRT's plans.")] = (
+        "cuda:0"
+    ),
+    target: Annotated[
+        str,
+        typer.Option(
+            help="Compute capabilities that rtx builds for, as in sm_86,sm_89.",
+            show_default="all that it knows",
+        ),
+    ] = "",
+    workspace: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            show_default="half of the GPU's free memory, 1024 at most",
+            help="MiB that the builder may try kernels with.",
+        ),
+    ] = None,
+    timing_cache: Annotated[
+        Path | None,
+        typer.Option(help="File of measured times of kernels, kept between builds (tensorrt)."),
+    ] = None,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="Newer versions may run it (tensorrt).")
+    ] = False,
+    hardware_compatible: Annotated[
+        bool,
+        typer.Option(
+            "--hardware-compatible", help="Other GPUs from sm_80 on may run it (tensorrt)."
+        ),
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> int:
+    """Build TensorRT plans of the screener and the refiner, which `tensorrt` or `tensorrt_rtx` run."""
+    from lance_edge.bundle import open_bundle
+    from lance_edge_export.plan_graphs import PARTS
+    from lance_edge_export.to_plan import PlanOptions, build_plans, summary
+
+    options = PlanOptions(
+        runtime,
+        precision,
+        parse_targets(target),
+        parse_device(device),
+        workspace,
+        timing_cache,
+        version_compatible,
+        hardware_compatible,
+    )
+    opened = open_bundle(bundle)
+    parts = PARTS if only is None else (only,)
+    steps = Steps(sys.stderr, enabled=not quiet)
+    try:
+        record = build_plans(opened, parts, out, options, steps.update)
+    finally:
+        steps.close()
+    for line in summary(record):
+        typer.echo(line)
+    typer.echo(f"wrote {out}")
+    return 0
+
+
+def parse_targets(text: str) -> tuple[str, ...]:
+    """`sm_86,sm_89` -> its parts, each once. Raises InvalidOption."""
+    targets = [part.strip() for part in text.split(",") if part.strip()]
+    if odd := [target for target in targets if not re.fullmatch(r"sm_\d{2,3}", target)]:
+        raise InvalidOption(f"--target {', '.join(odd)}: a target looks like sm_86")
+    return tuple(dict.fromkeys(targets))
+
+
+def parse_device(text: str) -> int:
+    """`cuda:1` -> 1. Raises InvalidOption."""
+    if not (found := re.fullmatch(r"cuda(?::(\d+))?", text)):
+        raise InvalidOption(f"--device {text}: plans are built on cuda:0, cuda:1 and so on")
+    return int(found[1] or 0)

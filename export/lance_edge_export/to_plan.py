@@ -1,0 +1,262 @@
+"""A bundle's graphs to TensorRT plans in a folder, with a record of what they fit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lance_edge.bundle import Bundle
+from lance_edge.errors import ExportError, InvalidOption
+from lance_edge_engines.plan_record import RECORD, PlanEntry, PlanRecord, RuntimeName
+from lance_edge_engines.trt import import_runtime
+from lance_edge_export.build_plan import Built, Job, answer_path, known_targets
+from lance_edge_export.plain_decoder import FloatPrecision
+from lance_edge_export.plan_graphs import Part, PlanGraph, write_graph
+
+Report = Callable[[str, float], None]  # what is being done, and which share of it is done
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """How plans are built.
+
+    targets        compute capabilities, as in sm_86, that rtx plans run on; none for all it knows
+    gpu            number of the GPU to build on
+    workspace_mib  memory for trying kernels; None for half of what the GPU has free, 1 GiB at most
+    timing_cache   file of measured times of kernels, kept between builds
+    version_compatible, hardware_compatible   plans that newer TensorRTs, or other GPUs, can run
+    """
+
+    runtime: RuntimeName
+    precision: FloatPrecision = "fp16"
+    targets: tuple[str, ...] = ()
+    gpu: int = 0
+    workspace_mib: int | None = None
+    timing_cache: Path | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+
+    def __post_init__(self) -> None:
+        if self.runtime == "tensorrt" and self.targets:
+            raise InvalidOption(
+                "TensorRT builds for the GPU that it runs on; leave --target out and run the "
+                "command on that GPU, or use --runtime rtx"
+            )
+        tensorrt_only = {
+            "--version-compatible": self.version_compatible,
+            "--hardware-compatible": self.hardware_compatible,
+            "--timing-cache": self.timing_cache is not None,
+        }
+        if self.runtime == "rtx" and (given := [name for name, on in tensorrt_only.items() if on]):
+            raise InvalidOption(f"{', '.join(given)}: only --runtime tensorrt has this")
+
+
+def build_plans(
+    bundle: Bundle, parts: Sequence[Part], out: Path, options: PlanOptions, report: Report
+) -> PlanRecord:
+    """Build plans of a bundle's parts into a new folder, which appears whole or not at all.
+
+    Raises InvalidOption for options that do not fit, DeviceUnavailable without the runtime or its
+    GPU, RefinerMissing for a refiner that was never pulled, ExportError if a build fails.
+    """
+    if out.exists():
+        raise InvalidOption(f"{out} exists; name another folder, or remove it first")
+    check_targets(options)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _remove_old(out)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        built = [build_part(bundle, part, partial, options, report) for part in parts]
+        record = PlanRecord(
+            runtime=options.runtime,
+            version=built[0][1],
+            bundle={
+                "name": bundle.manifest.name,
+                "version": bundle.manifest.version,
+                "sha256": bundle.sha256,
+            },
+            plans={part: entry for part, (entry, _) in zip(parts, built, strict=True)},
+        )
+        (partial / RECORD).write_text(record.to_json(), encoding="utf-8")
+        partial.chmod(0o755)  # mkdtemp lets only its owner in
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return record
+
+
+def check_targets(options: PlanOptions) -> None:
+    """Raises InvalidOption for targets that the installed runtime cannot build for."""
+    runtime = import_runtime(options.runtime)
+    if not options.targets:
+        return
+    known = known_targets(runtime)
+    if unknown := [target for target in options.targets if target not in known]:
+        raise InvalidOption(
+            f"{options.runtime} {runtime.__version__} has no target {', '.join(unknown)}; choose "
+            f"from {', '.join(known)}, or use --runtime tensorrt on that GPU"
+        )
+
+
+def build_part(
+    bundle: Bundle, part: Part, folder: Path, options: PlanOptions, report: Report
+) -> tuple[PlanEntry, str]:
+    """Build one plan into a folder; its entry, and the runtime's version."""
+    what = f"building the {part}'s plan"
+    with tempfile.TemporaryDirectory(prefix="graph-", dir=folder) as scratch:
+        report(f"writing the {part}'s graph", 0.0)
+        graph = write_graph(bundle, part, options.precision, Path(scratch))
+        plan = Path(scratch) / f"{part}.plan"
+        report(what, 0.0)
+        answer = run_build(job_of(graph, plan, options), lambda share: report(what, share))
+        report(what, 1.0)
+        contents = plan.read_bytes()
+        entry = entry_of(graph, contents, answer, options)
+        plan.replace(folder / entry.file)
+    return entry, answer.version
+
+
+def job_of(graph: PlanGraph, plan: Path, options: PlanOptions) -> Job:
+    """What the building process is told."""
+    workspace = options.workspace_mib
+    timing = options.timing_cache
+    return Job(
+        runtime=options.runtime,
+        graph=str(graph.path.resolve()),
+        out=str(plan.resolve()),
+        profiles=graph.profiles,
+        targets=list(options.targets),
+        gpu=options.gpu,
+        workspace=None if workspace is None else workspace * 2**20,
+        timing=None if timing is None else str(timing.resolve()),
+        version_compatible=options.version_compatible,
+        hardware_compatible=options.hardware_compatible,
+    )
+
+
+def run_build(job: Job, progress: Callable[[float], None]) -> Built:
+    """Do a job in a process of its own. Raises ExportError with what it says, or how it died."""
+    path = Path(job.out).with_suffix(".job.json")
+    path.write_text(json.dumps(asdict(job)), encoding="utf-8")
+    command = [sys.executable, "-m", "lance_edge_export.build_plan", str(path)]
+    with (
+        path.with_suffix(".log").open("w+b") as log,
+        subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=child_environment(),
+        ) as child,
+    ):
+        try:
+            assert child.stdout is not None
+            for line in child.stdout:
+                if (share := _share(line)) is not None:
+                    progress(share)
+            code = child.wait()
+        except BaseException:  # also of a person who interrupts: no builder is left behind
+            child.kill()
+            raise
+        log.seek(0)
+        written = log.read().decode("utf-8", errors="replace").splitlines()
+        complaints = [line for line in written if line and not line[0].isspace()]
+    answer = answer_path(path)
+    built = Built(**json.loads(answer.read_bytes())) if answer.is_file() else None
+    if built is None or (code != 0 and built.error is None):
+        died = f"signal {-code}" if code < 0 else f"exit code {code}"
+        last = f": {complaints[-1]}" if complaints else ""
+        raise ExportError(
+            f"the builder died ({died}){last}; if the machine ran out of memory, close other "
+            "programs or give --workspace a smaller number"
+        )
+    if built.error is not None:
+        raise ExportError(built.error)
+    return built
+
+
+def child_environment() -> dict[str, str]:
+    """The builder finds what this process finds, also what was put on sys.path by hand."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, sys.path))}
+
+
+def entry_of(graph: PlanGraph, contents: bytes, built: Built, options: PlanOptions) -> PlanEntry:
+    """The record of a plan; its file's name carries the fingerprint of what it was built from."""
+    targets = options.targets or ((built.sm,) if options.runtime == "tensorrt" and built.sm else ())
+    graph_sha256 = hashlib.sha256(graph.path.read_bytes()).hexdigest()
+    fingerprint = {
+        "graph": graph_sha256,
+        "runtime": [options.runtime, built.version],
+        "gpu": built.gpu if options.runtime == "tensorrt" else None,
+        "targets": targets,
+        "sources": graph.sources,
+        "precision": options.precision,
+        "profiles": graph.profiles,
+        "compatible": [options.version_compatible, options.hardware_compatible],
+    }
+    short = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:12]
+    return PlanEntry(
+        file=f"{graph.part}-{options.runtime}-{options.precision}-{short}.plan",
+        sha256=hashlib.sha256(contents).hexdigest(),
+        bytes=len(contents),
+        graph_sha256=graph_sha256,
+        sources=graph.sources,
+        precision=options.precision,
+        targets=targets,
+        gpu=built.gpu if options.runtime == "tensorrt" else None,
+        version_compatible=options.version_compatible,
+        hardware_compatible=options.hardware_compatible,
+        profiles=tuple(graph.profiles),
+        network=built.network or {},
+        engine=built.engine,
+        not_read_back=built.not_read_back,
+        build=built.build,
+    )
+
+
+def summary(record: PlanRecord) -> list[str]:
+    """What was built, in lines."""
+    lines = [f"runtime   {record.runtime} {record.version}"]
+    for name, entry in record.plans.items():
+        where = ", ".join(entry.targets) or "every GPU that the runtime knows"
+        peak = entry.build["peak_mib"]
+        memory = "" if peak is None else f", {peak:.0f} MiB at its peak"
+        types = ", ".join(f"{count} {kind}" for kind, count in entry.network["types"].items())
+        lines += [
+            f"{name:<9} {entry.file}",
+            f"          {entry.bytes / 1e6:.1f} MB, {entry.precision}, for {where}",
+            f"          built in {entry.build['seconds']:.1f} s{memory}",
+            f"          {entry.network['layers']} layers in the network: {types}",
+        ]
+        if entry.engine is None:
+            lines.append(f"          not read back: {entry.not_read_back}")
+        else:
+            lines.append(
+                f"          {entry.engine['layers']} layers in the plan, "
+                f"{entry.engine['profiles']} profiles, {entry.engine['device_bytes'] / 1e6:.1f} MB "
+                "of GPU memory beside the weights"
+            )
+    return lines
+
+
+def _remove_old(out: Path) -> None:
+    """What builds of this folder that were killed have left, a day ago or longer."""
+    for left in out.parent.glob(f".{out.name}.*"):
+        if time.time() - left.stat().st_mtime > 86_400:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _share(line: bytes) -> float | None:
+    try:
+        return float(json.loads(line)["share"])
+    except (ValueError, KeyError, TypeError):  # a runtime's own words on standard output
+        return None

@@ -1,0 +1,396 @@
+"""Building plans: options, a process of its own, a folder that is whole or not there, a command line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import fake_tensorrt
+import pytest
+import tiny_refiner
+from fake_tensorrt import FakeMemory
+from typer.testing import CliRunner
+
+from lance_edge.bundle import open_bundle
+from lance_edge.cache import weights_path
+from lance_edge.cli import app
+from lance_edge.errors import ExportError, InvalidOption, RefinerMissing
+from lance_edge_engines import DeviceUnavailable, SessionError, cuda
+from lance_edge_engines.cuda import Gpu
+from lance_edge_engines.plan_record import read_record
+from lance_edge_export import build_plan, to_plan
+from lance_edge_export.build_plan import Job, build, share_done
+from lance_edge_export.plan_cli import parse_device, parse_targets
+from lance_edge_export.plan_graphs import write_graph
+from lance_edge_export.to_plan import PlanOptions, build_plans, run_build, summary
+
+FAKE = """
+import sys
+from fake_tensorrt import make
+sys.modules[__name__] = make("tensorrt_rtx", "1.7.1.116")
+"""
+# In the child alone: another way to build.
+BUILDER = """
+import fake_tensorrt, os, sys, time
+if "lance_edge_export.build_plan" in sys.orig_argv:
+    fake_tensorrt.Builder.build_serialized_network = """
+
+
+def silent(*_: Any) -> None:
+    pass
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "LIBRARIES", ("libno-such-driver.so",))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # for child processes
+
+
+@pytest.fixture
+def rtx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The fake as the installed `tensorrt_rtx`, for this process and its children; its file."""
+    folder = tmp_path / "packages"
+    folder.mkdir()
+    (folder / "tensorrt_rtx.py").write_text(FAKE, encoding="utf-8")
+    monkeypatch.delitem(sys.modules, "tensorrt_rtx", raising=False)
+    monkeypatch.syspath_prepend(folder)
+    return folder / "tensorrt_rtx.py"
+
+
+@pytest.fixture
+def tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fake 10.3 in this process, with a GPU."""
+    fake = fake_tensorrt.make("tensorrt", "10.3.0")
+    monkeypatch.setitem(sys.modules, "tensorrt", fake)
+    monkeypatch.setattr(build_plan, "Device", lambda number: FakeMemory(Gpu("Orin", "sm_87")))
+    monkeypatch.setattr(to_plan, "run_build", build)
+
+
+def built(bundle: Path, out: Path, *parts: Any, **options: Any) -> list[tuple[str, float]]:
+    """Build plans; what was told on the way."""
+    told: list[tuple[str, float]] = []
+    chosen = PlanOptions(**{"runtime": "rtx", **options})
+    build_plans(
+        open_bundle(bundle), parts or ("screener",), out, chosen, lambda *step: told.append(step)
+    )
+    return told
+
+
+def left_in(folder: Path) -> set[str]:
+    """What a failed build has left there."""
+    return {path.name for path in folder.iterdir()} - {"packages", "bundle"}
+
+
+def test_a_folder_with_plans_and_their_record(rtx: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    """By a real child process, without a GPU."""
+    out = tmp_path / "deep" / "plans"
+    told = built(tiny_bundle, out, targets=("sm_86",), precision="fp16")
+    record = read_record(out)
+    (entry,) = record.plans.values()
+    assert {path.name for path in out.iterdir()} == {"plan.json", entry.file}
+    assert [path.name for path in out.parent.iterdir()] == ["plans"]
+    assert (record.runtime, record.version) == ("rtx", "1.7.1.116")
+    bundle = open_bundle(tiny_bundle)
+    assert record.bundle["sha256"] == bundle.sha256
+    assert entry.sources == {"screener.onnx": bundle.manifest.files["screener.onnx"].sha256}
+    assert len(entry.graph_sha256) == 64
+    assert (entry.bytes, entry.targets) == ((out / entry.file).stat().st_size, ("sm_86",))
+    assert entry.file.startswith("screener-rtx-fp16-")
+    assert entry.profiles[0]["ids"] == ((1, 8), (1, 16), (32, 16))
+    assert entry.engine is None and entry.not_read_back
+    assert entry.network["layers"] == 9  # 8 nodes, and a cast behind the table in fp16
+    assert set(entry.build) == {"seconds", "cpu_seconds", "peak_mib"}
+    if sys.platform == "linux":
+        assert 10 < entry.build["peak_mib"] < 2000
+    shares = [share for what, share in told if what == "building the screener's plan"]
+    assert shares == [0.0, 0.25, 1.0, 1.0]
+    assert any(f"not read back: {entry.not_read_back}" in line for line in summary(record))
+
+
+def test_what_a_plan_is_built_from_changes_its_name(
+    rtx: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(to_plan, "run_build", build)
+    names = set()
+    for number, options in enumerate(
+        [{}, {"precision": "fp32"}, {"targets": ("sm_86",)}, {"targets": ("sm_89",)}, {}]
+    ):
+        out = tmp_path / str(number)
+        built(tiny_bundle, out, **options)
+        names.add(read_record(out).plans["screener"].file)
+    assert len(names) == 4  # the first and the last are the same
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"runtime": "tensorrt", "targets": ("sm_87",)}, "leave --target out"),
+        ({"version_compatible": True}, "--version-compatible: only --runtime tensorrt"),
+        ({"hardware_compatible": True}, "--hardware-compatible: only --runtime tensorrt"),
+        ({"timing_cache": Path("x")}, "--timing-cache: only --runtime tensorrt"),
+        (
+            {"targets": ("sm_87", "sm_86")},
+            "has no target sm_87; choose from sm_75, sm_86, sm_89, sm_120",
+        ),
+    ],
+)
+def test_options_that_do_not_fit(
+    rtx: Path, tiny_bundle: Path, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InvalidOption, match=message):
+        built(tiny_bundle, tmp_path / "plans", **options)
+    assert not left_in(tmp_path)
+
+
+def test_a_folder_that_exists_is_left_alone(rtx: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "plans"
+    out.mkdir()
+    with pytest.raises(InvalidOption, match="plans exists; name another folder"):
+        built(tiny_bundle, out)
+    assert not list(out.iterdir())
+
+
+def test_a_bundle_without_a_refiner(rtx: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"has no refiner; .* --only screener"):
+        built(tiny_bundle, tmp_path / "plans", "screener", "refiner")
+    assert not left_in(tmp_path)
+
+
+def test_a_refiner_that_was_never_pulled(
+    rtx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LANCE_EDGE_CACHE", str(tmp_path / "bundle" / "empty"))
+    bundle = tiny_refiner.write_bundle(tmp_path / "bundle")
+    with pytest.raises(RefinerMissing, match="run `lance-edge pull`"):
+        built(bundle, tmp_path / "plans", "refiner")
+    assert not left_in(tmp_path)
+
+
+def test_a_pulled_refiner(rtx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LANCE_EDGE_CACHE", str(tmp_path))
+    folder = tiny_refiner.write_bundle(tmp_path / "bundle")
+    spec = open_bundle(folder).manifest.refiner
+    assert spec is not None
+    weights_path(open_bundle(folder), spec).write_bytes(tiny_refiner.weights_file("int8"))
+    built(folder, tmp_path / "plans", "screener", "refiner")
+    plans = read_record(tmp_path / "plans").plans
+    assert list(plans) == ["screener", "refiner"]
+    assert plans["refiner"].sources["refiner.weights"] == spec.weights.sha256
+    assert len(list((tmp_path / "plans").iterdir())) == 3  # no graph, no weights, no log
+
+
+@pytest.mark.parametrize(
+    ("builds", "message"),
+    [
+        ("lambda *_: os.abort()", r"the builder died \(signal 6\).*--workspace"),
+        ("lambda *_: os._exit(9)", r"the builder died \(exit code 9\)"),
+        ("lambda *_: 1 / 0", r"the builder died \(exit code 1\): ZeroDivisionError"),
+        (
+            "lambda self, *_: fake_tensorrt.fail(self.log, 'no room for kernels')",
+            "rtx cannot build the plan: no room for kernels",
+        ),
+    ],
+    ids=["abort", "exit", "exception", "refusal"],
+)
+def test_a_failing_builder_is_an_error_message(
+    rtx: Path, tiny_bundle: Path, tmp_path: Path, builds: str, message: str
+) -> None:
+    rtx.write_text(BUILDER + builds + FAKE, encoding="utf-8")
+    with pytest.raises(ExportError, match=message):
+        built(tiny_bundle, tmp_path / "plans")
+    assert not left_in(tmp_path)
+
+
+def test_an_interrupted_build_leaves_nothing(rtx: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    class Stop(KeyboardInterrupt):
+        pass
+
+    def interrupt(what: str, share: float) -> None:
+        if share > 0:
+            raise Stop
+
+    chosen = PlanOptions("rtx")
+    with pytest.raises(Stop):
+        build_plans(open_bundle(tiny_bundle), ("screener",), tmp_path / "plans", chosen, interrupt)
+    assert not left_in(tmp_path)
+
+
+def test_a_builder_ends_when_its_parent_is_gone(
+    rtx: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    rtx.write_text(BUILDER + "lambda *_: time.sleep(60)" + FAKE, encoding="utf-8")
+    path = write_job(tiny_bundle, tmp_path)
+    child = subprocess.Popen(
+        [sys.executable, "-m", "lance_edge_export.build_plan", str(path)],
+        stdin=subprocess.PIPE,
+        env=to_plan.child_environment(),
+    )
+    with child:
+        time.sleep(0.1)
+        assert child.poll() is None
+        assert child.stdin is not None
+        child.stdin.close()
+        assert child.wait(timeout=30) == 1
+
+
+def write_job(bundle: Path, folder: Path, **changes: Any) -> Path:
+    path = folder / "job.json"
+    path.write_text(json.dumps(vars(job(bundle, folder, **changes))), encoding="utf-8")
+    return path
+
+
+def job(bundle: Path, folder: Path, **changes: Any) -> Job:
+    graph = write_graph(open_bundle(bundle), "screener", "fp32", folder)
+    values: dict[str, Any] = {
+        "runtime": "tensorrt",
+        "graph": str(graph.path),
+        "out": str(folder / "screener.plan"),
+        "profiles": graph.profiles,
+        "targets": [],
+        "gpu": 0,
+        "workspace": None,
+        "timing": None,
+        "version_compatible": False,
+        "hardware_compatible": False,
+    }
+    return Job(**{**values, **changes})
+
+
+# What the builder is asked for
+
+
+def test_the_builders_settings(tensorrt: None, tiny_bundle: Path, tmp_path: Path) -> None:
+    answer = build(job(tiny_bundle, tmp_path), silent)
+    last = fake_tensorrt.Builder.last
+    assert last is not None
+    assert last.flags == set()  # no TF32: fp32 is fp32
+    assert last.workspace == 2**29  # half of what is free
+    assert last.profiling_verbosity.name == "DETAILED"
+    assert (answer.gpu, answer.sm, answer.not_read_back) == ("Orin", "sm_87", None)
+    assert answer.engine is not None
+    assert (answer.engine["layers"], answer.engine["profiles"]) == (8, 1)
+    assert answer.engine["formats"] == {"Half": 2}
+    assert answer.engine["tensors"]["ids"] == {"type": "INT64", "shape": [-1, -1], "host": False}
+
+
+def test_a_workspace_can_be_given(tensorrt: None, tiny_bundle: Path, tmp_path: Path) -> None:
+    build(job(tiny_bundle, tmp_path, workspace=5 * 2**20), silent)
+    assert fake_tensorrt.Builder.last is not None
+    assert fake_tensorrt.Builder.last.workspace == 5 * 2**20
+
+
+def test_times_are_kept_between_builds(tensorrt: None, tiny_bundle: Path, tmp_path: Path) -> None:
+    timing = tmp_path / "times"
+    for expected in (b"timed ", b"timed timed "):
+        build(job(tiny_bundle, tmp_path, timing=str(timing)), silent)
+        assert timing.read_bytes() == expected
+    timing.write_bytes(b"other GPU")
+    with pytest.raises(SessionError, match="timing cache of another GPU or version; delete it"):
+        build(job(tiny_bundle, tmp_path, timing=str(timing)), silent)
+    assert timing.read_bytes() == b"other GPU"
+
+
+def test_a_graph_that_the_parser_refuses(tensorrt: None, tiny_bundle: Path, tmp_path: Path) -> None:
+    wanted = job(tiny_bundle, tmp_path)
+    from lance_edge_export.decoder_graph import decoder_graph
+
+    graph = decoder_graph(tiny_refiner.SHAPE, 3, "fp32", 64)
+    del graph.graph.initializer[:]
+    Path(wanted.graph).write_bytes(graph.SerializeToString())
+    with pytest.raises(SessionError, match=r"refuses screener\.onnx: no importer for GroupQuery"):
+        build(wanted, silent)
+
+
+def test_tensorrt_needs_a_gpu(
+    tensorrt: None, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_plan, "Device", cuda.Device)
+    with pytest.raises(DeviceUnavailable, match="no NVIDIA driver"):
+        built(tiny_bundle, tmp_path / "plans", runtime="tensorrt")
+    assert not left_in(tmp_path)
+
+
+def test_a_plan_for_another_gpu_is_not_read_back(
+    rtx: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_plan, "Device", lambda number: FakeMemory(Gpu("H100", "sm_90")))
+    monkeypatch.setattr(to_plan, "run_build", build)
+    built(tiny_bundle, tmp_path / "plans")
+    entry = read_record(tmp_path / "plans").plans["screener"]
+    assert entry.not_read_back == "the plan is not for this machine's GPU, H100 (sm_90)"
+    assert entry.gpu is None  # rtx plans are not bound to it
+
+
+def test_the_share_of_nested_phases() -> None:
+    assert share_done([(0, 2)]) == 0
+    assert share_done([(1, 2), (1, 2)]) == 0.75
+    assert share_done([(2, 2), (3, 3)]) == 1  # a phase that is not closed yet adds nothing
+
+
+def test_noise_on_standard_output_is_no_progress(
+    rtx: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    rtx.write_text(FAKE + "print('{'); print('3'); print('[1]')", encoding="utf-8")
+    shares: list[float] = []
+    run_build(job(tiny_bundle, tmp_path, runtime="rtx"), shares.append)
+    assert shares == [0.25, 1.0]
+
+
+# The command
+
+
+def call(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, ["plan", *map(str, arguments)])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_the_command(rtx: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "plans"
+    arguments = (tiny_bundle, "--runtime", "rtx", "--only", "screener", "--out", out)
+    code, printed, errors = call(*arguments, "--target", "sm_86,sm_89,sm_86")
+    assert code == 0, errors
+    assert f"wrote {out}" in printed
+    assert "for sm_86, sm_89" in printed
+    assert "building the screener's plan" in errors
+    code, _, errors = call(*arguments)
+    assert code == 2
+    assert "exists; name another folder" in errors
+
+
+def test_a_missing_runtime_names_its_extra(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for runtime, module in (("rtx", "tensorrt_rtx"), ("tensorrt", "tensorrt")):
+        monkeypatch.setitem(sys.modules, module, None)
+        code, _, errors = call(tiny_bundle, "--runtime", runtime, "--out", tmp_path / "plans")
+        assert code == 3
+        assert f"install `lance-edge[{runtime}]`" in errors
+    assert not left_in(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "targets"), [("", ()), ("sm_86", ("sm_86",)), (" sm_86, sm_120,", ("sm_86", "sm_120"))]
+)
+def test_targets(text: str, targets: tuple[str, ...]) -> None:
+    assert parse_targets(text) == targets
+
+
+@pytest.mark.parametrize("text", ["86", "sm_8", "sm-86", "SM86"])
+def test_targets_that_are_none(text: str) -> None:
+    with pytest.raises(InvalidOption, match="a target looks like sm_86"):
+        parse_targets(text)
+
+
+@pytest.mark.parametrize(("text", "number"), [("cuda", 0), ("cuda:0", 0), ("cuda:3", 3)])
+def test_devices(text: str, number: int) -> None:
+    assert parse_device(text) == number
+
+
+@pytest.mark.parametrize("text", ["cpu", "cuda:", "cuda:-1", "0"])
+def test_devices_that_are_none(text: str) -> None:
+    with pytest.raises(InvalidOption, match="plans are built on cuda:0"):
+        parse_device(text)

@@ -1,0 +1,466 @@
+"""TensorRT sessions against stand-ins for three APIs: the plans come from our own builder, the fakes
+compute them, and the addresses and lengths they are given must be right."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import fake_tensorrt
+import numpy as np
+import pytest
+import tiny
+import tiny_refiner
+from fake_tensorrt import ORIN, FakeMemory
+from tiny_refiner import SHAPE
+
+from lance_edge.bundle import open_bundle
+from lance_edge.decoder import Decoder
+from lance_edge.weights import make_weights
+from lance_edge_engines import DeviceUnavailable, SessionError, cuda, open_session
+from lance_edge_engines.cuda import Device, Gpu
+from lance_edge_engines.plan_record import PlanStale, read_record
+from lance_edge_engines.trt import MODULES, import_runtime, open_plan
+from lance_edge_export import build_plan, to_plan
+from lance_edge_export.plain_decoder import plain_decoder_graph, plain_layout, plain_weights
+from lance_edge_export.plan_graphs import sources
+from lance_edge_export.to_plan import PlanOptions, build_plans
+
+APIS = {
+    "10.3": ("tensorrt", "10.3.0"),
+    "11.4": ("tensorrt", "11.4.1.7"),
+    "rtx": ("rtx", "1.7.1.116"),
+}
+
+
+@pytest.fixture(params=APIS)
+def api(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A runtime's name; its fake is installed, and there is a GPU with sm_86."""
+    runtime, version = APIS[request.param]
+    module = MODULES[runtime]
+    monkeypatch.setitem(sys.modules, module, fake_tensorrt.make(module, version))
+    monkeypatch.setattr(build_plan, "Device", lambda number: FakeMemory(Gpu("Fake 3000", "sm_86")))
+    # In this process, so that the fakes are seen.
+    monkeypatch.setattr(to_plan, "run_build", lambda job, tell: build_plan.build(job, tell))
+    return runtime
+
+
+@pytest.fixture
+def refining(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A bundle with the tiny refiner, and its weights as if they were pulled."""
+    folder = tiny_refiner.write_bundle(tmp_path / "bundle")
+    monkeypatch.setenv("LANCE_EDGE_CACHE", str(tmp_path / "cache"))
+    bundle = open_bundle(folder)
+    assert bundle.manifest.refiner is not None
+    from lance_edge.cache import weights_path
+
+    path = weights_path(bundle, bundle.manifest.refiner)
+    path.parent.mkdir()
+    path.write_bytes(tiny_refiner.weights_file("int8"))
+    return folder
+
+
+@pytest.fixture
+def memory() -> FakeMemory:
+    return FakeMemory(Gpu("Fake 3000", "sm_86"))
+
+
+Plans = Callable[..., Path]
+
+
+@pytest.fixture
+def plans(api: str, refining: Path, tmp_path: Path) -> Plans:
+    """Builds plans of the tiny bundle with the fake."""
+
+    def build(*parts: Any, **options: Any) -> Path:
+        out = tmp_path / "plans"
+        chosen = PlanOptions(api, **{"precision": "fp32", **options})  # type: ignore[arg-type]
+        build_plans(open_bundle(refining), parts, out, chosen, lambda what, share: None)
+        return out
+
+    return build
+
+
+@pytest.fixture(autouse=True)
+def all_memory_is_freed() -> Iterator[None]:
+    yield
+    gc.collect()
+    leaked = len(FakeMemory.BLOCKS)
+    FakeMemory.BLOCKS.clear()
+    assert leaked == 0
+
+
+def prompt(rows: int, tokens: int) -> dict[str, Any]:
+    rng = np.random.default_rng(rows * tokens)
+    ids = rng.integers(0, len(tiny.WORDS), (rows, tokens))
+    return {"ids": ids, "mask": (ids > 1).astype(np.int64)}
+
+
+def test_a_screeners_plan_says_what_its_graph_does(plans: Plans, memory: FakeMemory) -> None:
+    session = open_plan(plans("screener"), "screener", memory=memory)
+    reference = open_session(tiny.graph().SerializeToString(), "cpu", threads=1)
+    assert {spec.name: spec.shape for spec in session.inputs}["ids"] == (None, None)
+    assert session.outputs[0].dtype == np.float32
+    # From small to large and back: buffers grow, and what is left in them does not matter.
+    for rows, tokens in ((1, 8), (32, 16), (3, 8), (1, 16)):
+        inputs = prompt(rows, tokens)
+        found, expected = session.run(inputs), reference.run(inputs)
+        assert set(found) == set(expected)
+        for name, values in expected.items():
+            assert found[name].tolist() == values.tolist(), name
+    session.close()
+
+
+def reference_decoder() -> Decoder:
+    """The same graph in ONNX Runtime."""
+    weights = dict(make_weights(tiny_refiner.network(), tiny_refiner.delta(), "int8"))
+    categories = len(tiny.CATEGORIES)
+    entries = plain_layout(SHAPE, categories, "fp32")
+    session = open_session(
+        plain_decoder_graph(SHAPE, categories, "fp32", tiny_refiner.CONTEXT).SerializeToString(),
+        "cpu",
+        threads=1,
+        weights=dict(plain_weights(weights, SHAPE, entries)),
+    )
+    return Decoder(session, tiny_refiner.prefix(), len(tiny_refiner.language().prefix), 1024)
+
+
+def test_a_refiners_plan_decodes_with_rollback(plans: Plans, memory: FakeMemory) -> None:
+    """Prefill and verify steps, so both profiles; the cache stays on the device."""
+    session = open_plan(plans("refiner"), "refiner", memory=memory)
+    planned = with_prefix(session)
+    reference = reference_decoder()
+    rng = np.random.default_rng(1)
+    caches = [planned.start(150), reference.start(150)]
+    for count, back in ((60, 0), (5, 3), (17, 16), (1, 0), (40, 40), (17, 1)):
+        ids = rng.integers(3, SHAPE.vocabulary, count).tolist()
+        first = int(rng.integers(0, count))
+        steps = [d.step(c, ids, first) for d, c in zip((planned, reference), caches, strict=True)]
+        assert steps[0].tokens == steps[1].tokens
+        assert steps[0].mean.tolist() == steps[1].mean.tolist()
+        for cache in caches:
+            cache.rollback(cache.length - back)
+    kept = [cache.state.read("value.1")[:, :, : cache.length] for cache in caches]
+    assert kept[0].tolist() == kept[1].tolist()
+    session.close()
+
+
+def with_prefix(session: Any) -> Decoder:
+    return Decoder(session, tiny_refiner.prefix(), len(tiny_refiner.language().prefix), 1024)
+
+
+def test_two_states_do_not_mix(plans: Plans, memory: FakeMemory) -> None:
+    session = open_plan(plans("refiner"), "refiner", memory=memory)
+    decoder = with_prefix(session)
+    one, other = decoder.start(30), decoder.start(50)
+    alone = decoder.start(30)
+    expected = [decoder.step(alone, ids).tokens for ids in ([5, 6, 7], [8, 9])]
+    found = []
+    for ids in ([5, 6, 7], [8, 9]):
+        found.append(decoder.step(one, ids).tokens)
+        decoder.step(other, [11, 12])
+    assert found == expected
+    session.close()
+
+
+def test_a_half_cache_is_filled_from_floats(plans: Plans, memory: FakeMemory) -> None:
+    session = open_plan(plans("refiner", precision="fp16"), "refiner", memory=memory)
+    state = session.allocate(12)
+    values = {"key.0": np.arange(1 * 1 * 3 * 32, dtype=np.float32).reshape(1, 1, 3, 32)}
+    state.load(values)
+    found = state.read("key.0")
+    assert found.dtype == np.float16 and found.shape == (1, SHAPE.kv_heads, 12, SHAPE.head_size)
+    assert found[:, :, :3].tolist() == values["key.0"].tolist()
+    assert not found[:, :, 3:].any()
+    session.close()
+
+
+def test_a_state_with_several_heads_keeps_each_head_in_its_place(memory: FakeMemory) -> None:
+    from lance_edge_engines import TensorSpec
+    from lance_edge_engines.trt import PlanState
+
+    spec = TensorSpec("past.key.0", np.dtype(np.float32), (None, 3, None, 4))
+    state = PlanState([spec], 5, memory)
+    value = np.arange(24, dtype=np.float32).reshape(1, 3, 2, 4)
+    state.load({"key.0": value})
+    assert state.read("key.0")[:, :, :2].tolist() == value.tolist()
+    assert not state.read("key.0")[:, :, 2:].any()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (
+            prompt(33, 8),
+            r"no profile of the plan has room for ids of \(33, 8\), which may be \(1, 8",
+        ),
+        (prompt(1, 24), r"no profile of the plan has room for ids of \(1, 24\)"),
+        ({"ids": prompt(1, 8)["ids"]}, "differ in mask"),
+        ({**prompt(1, 8), "x": np.zeros(1)}, "differ in x"),
+        (
+            {**prompt(1, 8), "mask": np.ones((1, 8), np.int32)},
+            "mask is int64 and what was given int32",
+        ),
+        (
+            {**prompt(1, 8), "ids": np.full((1, 8), 99)},
+            "the plan failed on .*indices element out of",
+        ),
+    ],
+    ids=["rows", "tokens", "missing", "unknown", "type", "fails"],
+)
+def test_inputs_that_do_not_fit(
+    plans: Plans, memory: FakeMemory, inputs: dict[str, Any], message: str
+) -> None:
+    session = open_plan(plans("screener"), "screener", memory=memory)
+    with pytest.raises(SessionError, match=message):
+        session.run(inputs)
+    assert session.run(prompt(1, 8))["mean"].shape == (1, 3)  # it still runs
+    session.close()
+    with pytest.raises(SessionError, match="closed"):
+        session.run(prompt(1, 8))
+    session.close()  # twice is fine
+
+
+def test_a_failed_run_leaves_the_state_as_it_was(plans: Plans, memory: FakeMemory) -> None:
+    session = open_plan(plans("refiner"), "refiner", memory=memory)
+    decoder = with_prefix(session)
+    cache = decoder.start(20)
+    before = cache.state.read("key.0").tolist()
+    with pytest.raises(SessionError, match="the plan failed"):
+        decoder.step(cache, [10**6, 3])
+    assert cache.state.read("key.0").tolist() == before
+    session.close()
+
+
+# Whether a plan fits
+
+
+@pytest.fixture
+def record_path(plans: Plans) -> Path:
+    return plans("screener")
+
+
+def test_a_plan_from_another_bundle_is_stale(
+    record_path: Path, memory: FakeMemory, refining: Path, api: str
+) -> None:
+    wanted = sources(open_bundle(refining), "screener")
+    open_plan(record_path, "screener", wanted, memory=memory).close()
+    with pytest.raises(PlanStale, match=r"was built from another screener.onnx than") as caught:
+        open_plan(record_path, "screener", {"screener.onnx": "0" * 64}, memory=memory)
+    assert f"run `lance-edge plan BUNDLE --runtime {api} --out " in str(caught.value)
+
+
+def test_a_plan_of_another_version_is_stale(
+    record_path: Path, memory: FakeMemory, api: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newer = fake_tensorrt.make(MODULES[api], "12.0.1")  # type: ignore[index]
+    monkeypatch.setitem(sys.modules, MODULES[api], newer)  # type: ignore[index]
+    with pytest.raises(PlanStale, match=r"was built by version [\d.]+ and 12.0.1 is installed"):
+        open_plan(record_path, "screener", memory=memory)
+
+
+@pytest.mark.parametrize("api", ["10.3"], indirect=True)
+def test_newer_versions_may_run_compatible_plans(plans: Plans) -> None:
+    from lance_edge_engines.plan_record import check_plan
+
+    folder = plans("screener", version_compatible=True)
+    assert fake_tensorrt.Builder.last is not None
+    assert "VERSION_COMPATIBLE" in fake_tensorrt.Builder.last.flags
+    record, gpu = read_record(folder), Gpu("Fake 3000", "sm_86")
+    assert check_plan(folder, record, "screener", "11.4.1", gpu, None)
+    with pytest.raises(PlanStale, match=r"was built by version 10\.3\.0 and 10\.2\.9 is"):
+        check_plan(folder, record, "screener", "10.2.9", gpu, None)
+
+
+@pytest.mark.parametrize("api", ["10.3", "11.4"], indirect=True)
+def test_a_tensorrt_plan_runs_on_its_gpu_alone(record_path: Path) -> None:
+    with pytest.raises(
+        PlanStale, match=r"built on Fake 3000 \(sm_86\) and this GPU is Orin \(sm_87"
+    ):
+        open_plan(record_path, "screener", memory=FakeMemory(ORIN))
+    with pytest.raises(PlanStale, match="this GPU is Fake 4000"):
+        open_plan(record_path, "screener", memory=FakeMemory(Gpu("Fake 4000", "sm_86")))
+
+
+@pytest.mark.parametrize("api", ["10.3"], indirect=True)
+def test_hardware_compatible_plans_run_on_newer_gpus(plans: Plans) -> None:
+    folder = plans("screener", hardware_compatible=True)
+    last = fake_tensorrt.Builder.last
+    assert last is not None and last.hardware_compatibility_level.name == "AMPERE_PLUS"
+    open_plan(folder, "screener", memory=FakeMemory(ORIN)).close()
+    with pytest.raises(PlanStale):
+        open_plan(folder, "screener", memory=FakeMemory(Gpu("T4", "sm_75")))
+
+
+@pytest.mark.parametrize("api", ["rtx"], indirect=True)
+def test_an_rtx_plan_runs_on_its_targets(plans: Plans) -> None:
+    folder = plans("screener", targets=("sm_86", "sm_89"))
+    last = fake_tensorrt.Builder.last
+    assert last is not None and last.targets == ["SM86", "SM89"]
+    open_plan(folder, "screener", memory=FakeMemory(Gpu("Other", "sm_89"))).close()
+    with pytest.raises(
+        PlanStale, match=r"was built for sm_86, sm_89 and this GPU \(Orin\) is sm_87"
+    ):
+        open_plan(folder, "screener", memory=FakeMemory(ORIN))
+
+
+def test_damage_is_found_before_the_runtime_sees_it(record_path: Path, memory: FakeMemory) -> None:
+    (plan,) = record_path.glob("*.plan")
+    contents = plan.read_bytes()
+    plan.write_bytes(contents[:-1] + b"x")
+    with pytest.raises(PlanStale, match="is not the file that"):
+        open_plan(record_path, "screener", memory=memory)
+    plan.unlink()
+    with pytest.raises(PlanStale, match="is missing"):
+        open_plan(record_path, "screener", memory=memory)
+
+
+def test_a_part_that_was_not_built_is_named(record_path: Path, memory: FakeMemory) -> None:
+    with pytest.raises(SessionError, match="has no plan 'refiner', only screener"):
+        open_plan(record_path, "refiner", memory=memory)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "plan.json is missing; build plans with `lance-edge plan"),
+        ("{", "is not valid JSON"),
+        ("[]", "is not a record of plans"),
+        ('{"format": 2}', "has format 2 and this version reads 1"),
+        ('{"format": 1, "plans": {"screener": {"file": "../x"}}}', "not a plain file name"),
+        ('{"format": 1, "plans": {"screener": {"odd": 1}}}', "unknown keys odd"),
+    ],
+)
+def test_a_record_that_cannot_be_read(tmp_path: Path, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / "plan.json").write_text(text, encoding="utf-8")
+    with pytest.raises(SessionError, match=message):
+        open_plan(tmp_path, "screener", memory=FakeMemory())
+
+
+def test_a_plan_that_the_runtime_refuses(record_path: Path, memory: FakeMemory) -> None:
+    import hashlib
+
+    record = read_record(record_path)
+    entry = record.plans["screener"]
+    (record_path / entry.file).write_bytes(b"nothing")
+    known = replace(entry, sha256=hashlib.sha256(b"nothing").hexdigest())
+    text = replace(record, plans={"screener": known}).to_json()
+    (record_path / "plan.json").write_text(text, encoding="utf-8")
+    with pytest.raises(SessionError, match="cannot load the plan: the plan has no magic tag"):
+        open_plan(record_path, "screener", memory=memory)
+
+
+# Without a runtime, without a GPU
+
+
+@pytest.mark.parametrize("runtime", MODULES)
+def test_a_missing_runtime_names_its_extra(runtime: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, MODULES[runtime], None)
+    with pytest.raises(DeviceUnavailable, match=rf"install `lance-edge\[{runtime}\]`"):
+        import_runtime(runtime)
+
+
+def test_a_runtime_without_libraries_says_where_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tensorrt.py").write_text("raise OSError('libnvinfer.so.11: cannot open')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+    with pytest.raises(DeviceUnavailable, match=r"without its libraries .libnvinfer.*JetPack"):
+        import_runtime("tensorrt")
+
+
+def test_no_driver_is_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "LIBRARIES", ("libno-such-driver.so",))
+    with pytest.raises(DeviceUnavailable, match=r"no NVIDIA driver \(libno-such-driver"):
+        Device()
+
+
+class FakeDriver:
+    """libcuda with one GPU; `fails` maps a call to its error code."""
+
+    def __init__(self, fails: dict[str, int] | None = None) -> None:
+        self.fails = fails or {}
+        self.calls: list[str] = []
+        self.functions: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self.functions:
+            self.functions[name] = Call(self, name)
+        return self.functions[name]
+
+
+class Call:
+    argtypes: Any = None
+    restype: Any = None
+
+    def __init__(self, driver: FakeDriver, name: str) -> None:
+        self.driver, self.name = driver, name
+
+    def __call__(self, *arguments: Any) -> int:
+        assert self.argtypes is None or len(arguments) == len(self.argtypes), self.name
+        self.driver.calls.append(self.name)
+        if self.name in self.driver.fails:
+            return self.driver.fails[self.name]
+        out = getattr(arguments[0], "_obj", None)  # what byref points to
+        if self.name == "cuDeviceGetCount":
+            out.value = 1
+        elif self.name == "cuDeviceGetName":
+            arguments[0].value = b"Orin"
+        elif self.name == "cuDeviceGetAttribute":
+            out.value = {75: 8, 76: 7}[arguments[1]]
+        elif self.name in ("cuDevicePrimaryCtxRetain", "cuStreamCreate", "cuMemAlloc_v2"):
+            out.value = 4096
+        elif self.name == "cuMemGetInfo_v2":
+            out.value = 123
+        elif self.name == "cuGetErrorString":
+            arguments[1]._obj.value = b"it broke"
+        return 0
+
+
+def test_the_drivers_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = FakeDriver()
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
+    device = Device()
+    assert device.gpu == Gpu("Orin", "sm_87")
+    assert device.free_bytes() == 123
+    address = device.allocate(0)
+    array = np.zeros(3, np.float32)
+    device.write(address, array)
+    device.read(array, address)
+    device.wait()
+    device.free(address)
+    device.close()
+    assert address == 4096
+    assert driver.calls[:2] == ["cuInit", "cuDeviceGetCount"]
+    assert set(driver.calls) == set(cuda._CALLS) - {"cuGetErrorString"}
+
+
+@pytest.mark.parametrize(
+    ("fails", "number", "error", "message"),
+    [
+        ({"cuInit": 100}, 0, DeviceUnavailable, r"cuInit failed: it broke \(100\)"),
+        ({}, 1, DeviceUnavailable, "there is no GPU 1: the driver lists 1"),
+        ({"cuStreamCreate": 2}, 0, SessionError, r"cuStreamCreate failed: it broke \(2\)"),
+    ],
+)
+def test_the_drivers_errors(
+    fails: dict[str, int], number: int, error: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: FakeDriver(fails))
+    with pytest.raises(error, match=message):
+        Device(number)
+
+
+def test_fakes_lack_what_their_versions_lack() -> None:
+    ten, eleven = (fake_tensorrt.make("tensorrt", version) for version in ("10.3.0", "11.4.1"))
+    assert hasattr(ten.BuilderFlag, "FP16") and not hasattr(eleven.BuilderFlag, "FP16")
+    assert not hasattr(eleven.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
+    assert isinstance(ten, ModuleType) and not hasattr(ten, "ComputeCapability")
