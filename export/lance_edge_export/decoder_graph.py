@@ -1,4 +1,4 @@
-"""The refiner's ONNX graph: a Llama decoder over a static cache, several new tokens a step.
+"""The refiner's ONNX graph: a decoder of the Llama family over a static cache, several new tokens a step.
 
 The graph is written node by node, not traced: it stays small, its names are those of the weights
 file, and each choice in it stands in one place. Inputs and outputs:
@@ -13,15 +13,43 @@ mean, deviation  [C]     the second look's latent severities, read at row `first
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from lance_edge.llama import LlamaShape
-from lance_edge.weights import LEVELS, WEIGHTS, Entry, Precision, gate_block, hadamard, layout
+from lance_edge.llama import LlamaShape, RopeScaling
+from lance_edge.weights import (
+    LEVELS,
+    WEIGHTS,
+    Entry,
+    Precision,
+    gate_block,
+    hadamard,
+    hidden_block,
+    layout,
+)
 from lance_edge_export.graph import FLOAT, node
 
 OPSET, CONTRIB, IR = 21, "com.microsoft", 10
+WINDOWED = ".window"  # after the names of rotary tables of layers with a window
+
+
+def rotary_rates(base: float, head_size: int, scaling: RopeScaling | None) -> npt.NDArray[Any]:
+    """By how much each pair of a head's dimensions turns from one position to the next  [head_size / 2]"""
+    half = head_size // 2
+    rates: npt.NDArray[Any] = base ** (-np.arange(half) / half)
+    if scaling is None:
+        return rates
+    if scaling.kind == "linear":
+        return rates / scaling.factor
+    turns = scaling.original_context * rates / (2 * np.pi)
+    span = scaling.high_factor - scaling.low_factor
+    kept = np.clip((turns - scaling.low_factor) / span, 0, 1)  # 1: as it was; 0: slowed down
+    result: npt.NDArray[Any] = rates * (kept + (1 - kept) / scaling.factor)
+    return result
 
 
 def decoder_graph(
@@ -85,11 +113,11 @@ class _Builder:
 
     def tables(self, context: int) -> None:
         """What all layers share: lengths, rotary tables, the quantised inputs' zero point."""
-        half = self.shape.head_size // 2
-        rate = self.shape.rope_base ** (-np.arange(half) / half)
-        angle = np.arange(context)[:, None] * rate  # [context, half]
-        self.constant("cos", np.cos(angle), np.float32)
-        self.constant("sin", np.sin(angle), np.float32)
+        shape = self.shape
+        self.rotary("", context, rotary_rates(shape.rope_base, shape.head_size, shape.rope_scaling))
+        if shape.window_rope_base:
+            rates = rotary_rates(shape.window_rope_base, shape.head_size, None)
+            self.rotary(WINDOWED, context, rates)
         self.add("Shape", ["ids"], "T", start=1, end=2)
         self.add("Cast", ["T"], "T.int32", to=TensorProto.INT32)
         self.add("Add", ["past", "T.int32"], "total.row")
@@ -99,13 +127,18 @@ class _Builder:
             self.constant("middle", LEVELS, np.uint8)
             self.add("Expand", [self.constant("middle.row", [LEVELS], np.uint8), "T"], "middle.T")
 
+    def rotary(self, name: str, context: int, rates: npt.NDArray[Any]) -> None:
+        angle = np.arange(context)[:, None] * rates  # [context, half]
+        self.constant(f"cos{name}", np.cos(angle), np.float32)
+        self.constant(f"sin{name}", np.sin(angle), np.float32)
+
     def embed(self, ids: str) -> str:
         self.add("Gather", ["embedding", ids], "embed.columns", axis=1)  # [H, 1, T]
         self.add("Transpose", ["embed.columns"], "embed.rows", perm=[1, 2, 0])
         rows = "embed.rows"
         if self.precision == "int8":
             rows = self.scale_rows(ids)
-        return self.add("MatMul", [rows, "enter"], "embed")
+        return self.turn(rows, "enter", "embed")
 
     def scale_rows(self, ids: str) -> str:
         self.add("Cast", ["embed.rows"], "embed.float", to=FLOAT)
@@ -113,23 +146,55 @@ class _Builder:
         self.add("Unsqueeze", ["embed.scale", self.constant("minus1", [-1], np.int64)], "embed.s")
         return self.add("Mul", ["embed.float", "embed.s"], "embed.scaled")
 
+    def turn(self, x: str, by: str, output: str) -> str:
+        """Into the stream between the layers or out of it, which may be a rotated one."""
+        return self.add("MatMul" if self.shape.rotatable else "Mul", [x, by], output)
+
     def layer(self, index: int, hidden: str) -> str:
+        name = f"{index}."
+        qkv = self.product(f"{name}qkv", self.read(f"{name}qkv.norm", hidden))
+        o = self.product(f"{name}o", self.attention(index, qkv))
+        if self.shape.post_norms:
+            o = self.scaled_norm(f"{name}after_attention", o)
+        hidden = self.add("Add", [hidden, o], f"{name}middle")
+        both = self.product(f"{name}gate_up", self.read(f"{name}gate_up.norm", hidden))
+        self.nodes.append(
+            node("Split", [both], [f"{name}gate", f"{name}up"], axis=-1, num_outputs=2)
+        )
+        x = self.add("Mul", [self.activation(name), f"{name}up"], f"{name}gated")
+        down = self.product(f"{name}down", self.rotate_gated(x))
+        if self.shape.post_norms:
+            down = self.scaled_norm(f"{name}after_mlp", down)
+        return self.add("Add", [hidden, down], f"{name}out")
+
+    def read(self, name: str, hidden: str) -> str:
+        """What a product reads of the stream."""
+        x = self.norm(name, hidden)
+        if self.shape.rotatable:
+            return x
+        return self.rotate_blocks(x, ".hidden", hidden_block(self.shape), self.shape.hidden)
+
+    def attention(self, index: int, qkv: str) -> str:
         name, shape = f"{index}.", self.shape
-        x = self.norm(f"{name}qkv.norm", hidden)
-        qkv = self.product(f"{name}qkv", x)
+        window = shape.window(index)
+        table = WINDOWED if window and shape.window_rope_base else ""
+        inputs = self.normed_heads(index, qkv) if shape.head_norms else [qkv, "", ""]
+        optional: dict[str, Any] = {}
+        if shape.attention_scale:
+            optional["scale"] = shape.attention_scale
+        if window:
+            optional["local_window_size"] = window
         self.nodes.append(
             helper.make_node(
                 "GroupQueryAttention",
                 [
-                    qkv,
-                    "",
-                    "",
+                    *inputs,
                     f"past.key.{index}",
                     f"past.value.{index}",
                     "last",
                     "total",
-                    "cos",
-                    "sin",
+                    f"cos{table}",
+                    f"sin{table}",
                 ],
                 [f"{name}attended", f"present.key.{index}", f"present.value.{index}"],
                 name=f"{name}attention",
@@ -137,40 +202,58 @@ class _Builder:
                 num_heads=shape.heads,
                 kv_num_heads=shape.kv_heads,
                 do_rotary=1,
+                **optional,
             )
         )
-        o = self.product(f"{name}o", f"{name}attended")
-        hidden = self.add("Add", [hidden, o], f"{name}middle")
-        x = self.norm(f"{name}gate_up.norm", hidden)
-        both = self.product(f"{name}gate_up", x)
-        self.nodes.append(
-            node("Split", [both], [f"{name}gate", f"{name}up"], axis=-1, num_outputs=2)
-        )
+        return f"{name}attended"
+
+    def normed_heads(self, index: int, qkv: str) -> list[str]:
+        """Queries, keys and values apart; each head's queries and keys normalised."""
+        shape = self.shape
+        name = f"{index}."
+        width, kv = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
+        sizes = self.constant("qkv.sizes", [width, kv, kv], np.int64)
+        parts = [f"{name}q", f"{name}k", f"{name}v"]
+        self.nodes.append(node("Split", [qkv, sizes], parts, axis=-1))
+        heads = self.constant("heads", [0, 0, -1, shape.head_size], np.int64)
+        flat = self.constant("heads.flat", [0, 0, -1], np.int64)
+        for part in parts[:2]:
+            self.add("Reshape", [part, heads], f"{part}.heads")
+            normed = self.scaled_norm(f"{part}_norm", f"{part}.heads")
+            self.add("Reshape", [normed, flat], f"{part}.normed")
+        return [f"{name}q.normed", f"{name}k.normed", f"{name}v"]
+
+    def activation(self, name: str) -> str:
+        """Of the gate."""
+        if self.shape.activation == "gelu_tanh":
+            return self.add("Gelu", [f"{name}gate"], f"{name}gelu", approximate="tanh")
         self.add("Sigmoid", [f"{name}gate"], f"{name}sigmoid")
-        self.add("Mul", [f"{name}gate", f"{name}sigmoid"], f"{name}silu")
-        x = self.add("Mul", [f"{name}silu", f"{name}up"], f"{name}gated")
-        down = self.product(f"{name}down", self.rotate_gated(x))
-        return self.add("Add", [hidden, down], f"{name}out")
+        return self.add("Mul", [f"{name}gate", f"{name}sigmoid"], f"{name}silu")
 
     def rotate_gated(self, x: str) -> str:
         """Spread outliers over their block (see `make_weights`)."""
-        block = gate_block(self.shape)
-        turn = self.constant("turn", hadamard(np.eye(block, dtype=np.float32)), np.float32)
-        blocks = self.constant("blocks", [1, -1, block], np.int64)
-        rows = self.constant("rows", [1, -1, self.shape.intermediate], np.int64)
+        return self.rotate_blocks(x, "", gate_block(self.shape), self.shape.intermediate)
+
+    def rotate_blocks(self, x: str, kind: str, block: int, width: int) -> str:
+        """Each block of so many neighbours times a Hadamard matrix; `kind` ends the constants' names."""
+        turn = self.constant(f"turn{kind}", hadamard(np.eye(block, dtype=np.float32)), np.float32)
+        blocks = self.constant(f"blocks{kind}", [1, -1, block], np.int64)
+        rows = self.constant(f"rows{kind}", [1, -1, width], np.int64)
         self.add("Reshape", [x, blocks], f"{x}.blocks")
         self.add("MatMul", [f"{x}.blocks", turn], f"{x}.turned")
         return self.add("Reshape", [f"{x}.turned", rows], f"{x}.rotated")
 
     def outputs(self, hidden: str) -> None:
-        normed = self.add("MatMul", [self.norm("final", hidden), "leave"], "normed")
+        normed = self.turn(self.norm("final", hidden), "leave", "normed")
         end = self.constant("end", [2**31 - 1], np.int64)
         axis = self.constant("axis1", [1], np.int64)
         wanted = self.add("Slice", [normed, "first", end, axis], "wanted")
         if self.precision == "int8":
             self.add("Shape", [wanted], "wanted.T", start=1, end=2)
             self.add("Expand", ["middle.row", "wanted.T"], "middle.wanted")
-        logits = self.product("embedding", wanted, middle="middle.wanted")
+        # A cap on the logits, as some Gemma networks have, would not change which is the largest.
+        matrix = "embedding" if self.shape.tied else "output"
+        logits = self.product(matrix, wanted, middle="middle.wanted")
         self.add("ArgMax", [logits], "tokens.row", axis=-1, keepdims=0)
         zero = self.constant("zero", [0], np.int64)
         self.add("Squeeze", ["tokens.row", zero], "tokens")
@@ -186,21 +269,37 @@ class _Builder:
 
     def norm(self, name: str, hidden: str) -> str:
         """The root mean square norm; its weights are folded into the product that follows."""
-        ones = self.constant("ones", np.ones(self.shape.hidden), np.float32)
+        return self.norm_by(
+            self.constant("ones", np.ones(self.shape.hidden), np.float32), hidden, name
+        )
+
+    def scaled_norm(self, weight: str, x: str) -> str:
+        """The root mean square norm with its weights."""
+        return self.norm_by(weight, x, weight)
+
+    def norm_by(self, weight: str, x: str, name: str) -> str:
         # In ONNX's own domain by name, though only ONNX Runtime has it.
         return self.add(
             "SimplifiedLayerNormalization",
-            [hidden, ones],
+            [x, weight],
             f"{name}.out",
             axis=-1,
             epsilon=self.shape.norm_epsilon,
         )
 
     def product(self, weight: str, x: str, middle: str = "middle.T") -> str:
-        """x @ weight; in int8, each row of x is quantised on its own, so that no row's result
-        depends on its neighbours."""
-        if self.precision == "fp32":
-            return self.add("MatMul", [x, weight], f"{weight}.out")
+        """x @ weight, and its bias if it has one; in int8, each row of x is quantised on its own,
+        so that no row's result depends on its neighbours."""
+        multiply = self.float_product if self.precision == "fp32" else self.int8_product
+        if weight.rpartition(".")[2] not in self.shape.biases:
+            return multiply(weight, x, middle, f"{weight}.out")
+        plain = multiply(weight, x, middle, f"{weight}.plain")
+        return self.add("Add", [plain, f"{weight}.bias"], f"{weight}.out")
+
+    def float_product(self, weight: str, x: str, middle: str, output: str) -> str:
+        return self.add("MatMul", [x, weight], output)
+
+    def int8_product(self, weight: str, x: str, middle: str, output: str) -> str:
         name = f"{weight}.in"
         self.add("Abs", [x], f"{name}.abs")
         axes = self.constant("minus1", [-1], np.int64)
@@ -214,7 +313,7 @@ class _Builder:
         # One DequantizeLinear would do both, but takes a third longer (ONNX Runtime 1.31).
         self.add("Cast", [f"{weight}.int32"], f"{weight}.float", to=FLOAT)
         self.add("Mul", [f"{weight}.float", f"{weight}.scale"], f"{weight}.scaled")
-        return self.add("Mul", [f"{weight}.scaled", f"{name}.scale"], f"{weight}.out")
+        return self.add("Mul", [f"{weight}.scaled", f"{name}.scale"], output)
 
 
 def _external(entry: Entry) -> TensorProto:
