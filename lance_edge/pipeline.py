@@ -305,8 +305,8 @@ def load(
     threads     CPU threads for one request; None for one per physical core
     max_chars   longer prompts are refused: they are read in full, which takes time
 
-    Raises BundleError, InvalidOption, lance_edge_engines.DeviceUnavailable, or, with looks="2",
-    RefinerMissing.
+    Raises BundleError, InvalidOption (also for looks="2" where the refiner has no second look),
+    lance_edge_engines.DeviceUnavailable, or, with looks="2", RefinerMissing.
     """
     if threads is not None and threads < 1:
         raise InvalidOption(f"threads must be at least 1, not {threads}")
@@ -318,12 +318,16 @@ def load(
         raise InvalidOption(f"looks must be one of {', '.join(get_args(Looks))}, not {looks!r}")
     opened = open_bundle(bundle)
     chosen = policy(opened, thresholds, rules)
+    refiner = opened.manifest.refiner
+    if looks == "2" and refiner is not None and opened.second_look().share == 0:
+        raise InvalidOption(
+            f"the refiner of {opened.path} has no second look; choose looks auto or 1"
+        )
     spec = opened.manifest.screener
     tokenizer = Tokenizer(opened.read(spec.tokenizer), spec.window, spec.overlap)
     session = open_session(opened.read(spec.graph), device, threads)
     calibration = [opened.calibration[name] for name in chosen.categories]
     screener = Screener(session, calibration)
-    refiner = opened.manifest.refiner
     if looks == "auto" and (refiner is None or not weights_path(opened, refiner).is_file()):
         looks = "1"
     opener = partial(open_refiner, opened, refiner, screener.device, threads) if refiner else None

@@ -34,6 +34,7 @@ from lance_edge.weights import (
 from lance_edge_export.graph import FLOAT, node
 
 OPSET, CONTRIB, IR = 21, "com.microsoft", 10
+HIDDEN = -1e30  # a score of zero weight; minus infinity would make rows of nothing else NaN
 WINDOWED = ".window"  # after the names of rotary tables of layers with a window
 
 
@@ -59,8 +60,8 @@ def decoder_graph(
 
     context  positions that the rotary tables cover: the longest cache
     """
-    builder = _Builder(shape, precision)
-    builder.tables(context)
+    builder = _Builder(shape, precision, context)
+    builder.tables()
     hidden = builder.embed("ids")
     for layer in range(shape.layers):
         hidden = builder.layer(layer, hidden)
@@ -98,8 +99,11 @@ def decoder_graph(
 class _Builder:
     """Collects nodes; each method adds one part of the network and returns its output's name."""
 
-    def __init__(self, shape: LlamaShape, precision: Precision) -> None:
-        self.shape, self.precision = shape, precision
+    def __init__(self, shape: LlamaShape, precision: Precision, context: int) -> None:
+        self.shape, self.precision, self.context = shape, precision, context
+        # A window that no cache exceeds hides nothing.
+        windows = [shape.window(layer) for layer in range(shape.layers)]
+        self.windows = [0 if size >= context else size for size in windows]
         self.nodes: list[NodeProto] = []
         self.constants: dict[str, TensorProto] = {}
 
@@ -111,24 +115,53 @@ class _Builder:
         self.constants.setdefault(name, numpy_helper.from_array(np.array(value, dtype), name))
         return name
 
-    def tables(self, context: int) -> None:
+    def tables(self) -> None:
         """What all layers share: lengths, rotary tables, the quantised inputs' zero point."""
         shape = self.shape
-        self.rotary("", context, rotary_rates(shape.rope_base, shape.head_size, shape.rope_scaling))
+        self.rotary("", rotary_rates(shape.rope_base, shape.head_size, shape.rope_scaling))
         if shape.window_rope_base:
             rates = rotary_rates(shape.window_rope_base, shape.head_size, None)
-            self.rotary(WINDOWED, context, rates)
+            self.rotary(WINDOWED, rates)
         self.add("Shape", ["ids"], "T", start=1, end=2)
         self.add("Cast", ["T"], "T.int32", to=TensorProto.INT32)
         self.add("Add", ["past", "T.int32"], "total.row")
         self.add("Sub", ["total.row", self.constant("one.int32", [1], np.int32)], "last")
         self.add("Squeeze", ["total.row"], "total")
+        if any(self.windows):
+            self.masks()
         if self.precision == "int8":
             self.constant("middle", LEVELS, np.uint8)
             self.add("Expand", [self.constant("middle.row", [LEVELS], np.uint8), "T"], "middle.T")
 
-    def rotary(self, name: str, context: int, rates: npt.NDArray[Any]) -> None:
-        angle = np.arange(context)[:, None] * rates  # [context, half]
+    def masks(self) -> None:
+        """What hides the tokens before a window from each row, for every size of window.
+
+        GroupQueryAttention has an attribute for windows, but ONNX Runtime 1.23 takes it for one
+        token more than 1.31 does. So this is added to attention's scores  [1, 1, T, total]
+        """
+        zero, one = (self.constant(n, v, np.int64) for n, v in (("at0", 0), ("by1", 1)))
+        self.add("Cast", ["total"], "total.int64", to=TensorProto.INT64)
+        self.add("Range", [zero, "total.int64", one], "columns")
+        self.add("Cast", ["past"], "past.int64", to=TensorProto.INT64)
+        self.add("Squeeze", ["T"], "T.scalar")
+        self.add("Range", [zero, "T.scalar", one], "new")
+        self.add("Add", ["new", "past.int64"], "positions")
+        axis = self.constant("minus1", [-1], np.int64)
+        self.add("Unsqueeze", ["positions", axis], "positions.column")
+        self.add("Sub", ["positions.column", "columns"], "distance")  # [T, total]
+        hidden = self.constant("hidden", HIDDEN, np.float32)
+        seen = self.constant("seen", 0, np.float32)
+        axes = self.constant("axes01", [0, 1], np.int64)
+        for size in sorted({*self.windows} - {0}):
+            name = f"window.{size}"
+            self.add(
+                "Less", ["distance", self.constant(f"{name}.size", size, np.int64)], f"{name}.near"
+            )
+            self.add("Where", [f"{name}.near", seen, hidden], f"{name}.rows")
+            self.add("Unsqueeze", [f"{name}.rows", axes], name)
+
+    def rotary(self, name: str, rates: npt.NDArray[Any]) -> None:
+        angle = np.arange(self.context)[:, None] * rates  # [context, half]
         self.constant(f"cos{name}", np.cos(angle), np.float32)
         self.constant(f"sin{name}", np.sin(angle), np.float32)
 
@@ -176,14 +209,12 @@ class _Builder:
 
     def attention(self, index: int, qkv: str) -> str:
         name, shape = f"{index}.", self.shape
-        window = shape.window(index)
-        table = WINDOWED if window and shape.window_rope_base else ""
+        table = WINDOWED if shape.window(index) and shape.window_rope_base else ""
+        mask = ["", f"window.{self.windows[index]}"] if self.windows[index] else []
         inputs = self.normed_heads(index, qkv) if shape.head_norms else [qkv, "", ""]
         optional: dict[str, Any] = {}
         if shape.attention_scale:
             optional["scale"] = shape.attention_scale
-        if window:
-            optional["local_window_size"] = window
         self.nodes.append(
             helper.make_node(
                 "GroupQueryAttention",
@@ -195,6 +226,7 @@ class _Builder:
                     "total",
                     f"cos{table}",
                     f"sin{table}",
+                    *mask,
                 ],
                 [f"{name}attended", f"present.key.{index}", f"present.value.{index}"],
                 name=f"{name}attention",
