@@ -367,15 +367,17 @@ def _windows(config: Config, usual: list[str], window: int) -> tuple[int, ...]:
 
 def _rope(config: Config, kind: str) -> Mapping[str, Any]:
     """How a kind of layer is rotated: `rope_parameters` since transformers 5, `rope_scaling` before."""
-    found = config.get("rope_parameters")
-    if found is None:
-        found = (config.get("rope_scaling") or {}) if kind == FULL else {}
-    elif isinstance(found, dict) and kind in found:
-        found = found[kind]
-    elif kind == SLIDING:
-        found = {}
+    key = "rope_scaling" if config.get("rope_parameters") is None else "rope_parameters"
+    found = config.get(key) or {}
     if not isinstance(found, dict):
-        raise config.wrong("rope_parameters", "an object")
+        raise config.wrong(key, "an object")
+    by_kind = {name: values for name, values in found.items() if name in (FULL, SLIDING)}
+    if by_kind:
+        found = by_kind.get(kind, {})
+    elif kind == SLIDING:
+        return {}  # what is said of all layers is said of those without a window, in Gemma
+    if not isinstance(found, dict):
+        raise config.wrong(key, f"an object for each of {FULL} and {SLIDING}")
     return found
 
 
