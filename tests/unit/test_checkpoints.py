@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny_refiner
 
+import lance_edge
 from lance_edge.bundle import open_bundle
-from lance_edge.errors import BundleError, ExportError
+from lance_edge.errors import BundleError, BundleFileMissing, ExportError, InvalidOption
 from lance_edge.gguf import Float32Array
 from lance_edge.llama import LINEARS, LlamaShape, RopeScaling
-from lance_edge.weights import layout, quantise
+from lance_edge.pull import pull
+from lance_edge.weights import WEIGHTS, layout, quantise
 from lance_edge_export.decoder_graph import decoder_graph, rotary_rates
 from lance_edge_export.families import (
     FAMILIES,
@@ -530,3 +534,80 @@ def test_headers_that_lie_are_refused(tmp_path: Path, entry: Any, cause: str) ->
     with pytest.raises(ExportError) as caught:
         TensorFolder(tmp_path)
     assert cause in str(caught.value)
+
+
+# Bundles with weights of their own
+
+
+def own_weights(folder: Path, **refiner: Any) -> Path:
+    """The tiny bundle whose refiner has its weights in it, and neither base nor delta."""
+    weights = {WEIGHTS: tiny_refiner.weights_file("int8")}
+    values = {"base": None, "delta": None, **refiner}
+    return tiny_refiner.write_bundle(folder, refiner=values, replaced=weights)
+
+
+def test_weights_in_the_bundle_need_no_pull(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("LANCE_EDGE_CACHE", str(tmp_path / "cache"))
+    folder = own_weights(tmp_path / "own")
+    assert pull(open_bundle(folder)) == folder / WEIGHTS
+    with lance_edge.load(folder, "cpu", threads=1) as guard:
+        assert guard.refine("hello the bomb").steps
+    assert not (tmp_path / "cache").exists()
+
+
+def test_weights_that_were_lost_are_the_bundles(tmp_path: Path) -> None:
+    folder = own_weights(tmp_path / "own")
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(BundleFileMissing, match="copy the whole bundle again"):
+        pull(open_bundle(folder))
+
+
+def test_a_refiner_has_weights_or_what_they_are_made_of(tmp_path: Path) -> None:
+    half = own_weights(tmp_path / "half", delta="refiner_delta.npz")
+    with pytest.raises(BundleError, match="needs both a base and a delta, or neither"):
+        open_bundle(half)
+    none = tiny_refiner.write_bundle(tmp_path / "none", refiner={"base": None, "delta": None})
+    with pytest.raises(BundleError, match="neither weights nor a base"):
+        open_bundle(none)
+
+
+@pytest.mark.parametrize(
+    ("changes", "cause"),
+    [
+        ({"tied": "yes"}, "tied must be true or false, not 'yes'"),
+        ({"activation": "relu"}, "activation must be one of silu, gelu_tanh"),
+        ({"windows": [1, "2"]}, "windows must be a whole number"),
+        ({"windows": [1]}, "2 layers cannot have 1 windows"),
+        ({"rope_scaling": {"kind": "yarn", "factor": 2.0}}, "kind must be one of linear, llama3"),
+        ({"rope_scaling": {"kind": "linear"}}, "RopeScaling lacks factor"),
+        ({"softcap": 3.0}, "keys this version does not know: softcap"),
+    ],
+)
+def test_a_manifest_with_a_shape_that_cannot_be_is_refused(
+    tmp_path: Path, changes: dict[str, Any], cause: str
+) -> None:
+    shape = {**tiny_refiner.SHAPE.essentials(), **changes}
+    folder = tiny_refiner.write_bundle(tmp_path / "own", refiner={"shape": shape})
+    with pytest.raises(BundleError) as caught:
+        open_bundle(folder)
+    assert cause in str(caught.value)
+
+
+def test_a_manifest_may_name_all_that_a_shape_has(tmp_path: Path) -> None:
+    shape = {**tiny_refiner.SHAPE.essentials(), "head_size": 32, "tied": True, "windows": [0, 9]}
+    scaled = {**shape, "rope_scaling": {"kind": "linear", "factor": 2.0}}
+    folder = tiny_refiner.write_bundle(tmp_path / "own", refiner={"shape": scaled})
+    spec = open_bundle(folder).manifest.refiner
+    assert spec is not None
+    expected = replace(tiny_refiner.SHAPE, windows=(0, 9), rope_scaling=RopeScaling("linear", 2.0))
+    assert spec.shape == expected
+
+
+def test_a_second_look_that_counts_nothing_is_refused_when_asked_for(tmp_path: Path) -> None:
+    files = tiny_refiner.files()
+    look = {**json.loads(files["second_look.json"]), "share": 0.0}
+    folder = tiny_refiner.write_bundle(
+        tmp_path / "own", replaced={"second_look.json": json.dumps(look).encode()}
+    )
+    with pytest.raises(InvalidOption, match="has no second look; choose looks auto or 1"):
+        lance_edge.load(folder, "cpu", looks="2")
