@@ -241,7 +241,7 @@ def transformers_tokens(
     found = []
     with torch.inference_mode():
         for ids, first in rows:
-            states = model.base_model(torch.tensor([prefix + ids]), use_cache=False)
+            states = model.model(torch.tensor([prefix + ids]), use_cache=False)
             wanted = states.last_hidden_state[0, len(prefix) + first :]
             output = model.get_output_embeddings()
             found.append(

@@ -503,7 +503,7 @@ def test_a_tokenizer_that_loses_text_is_refused(
 
     folder = changed_copy(folders["llama"], tmp_path / "copy")
     loses = tiny_refiner.tokenizer()
-    loses.normalizer = normalizers.Replace("e", "")
+    loses.normalizer = normalizers.Replace("o", "")
     loses.save(str(folder / "tokenizer.json"))
     message = refusal(*options(folder, bundle, template, tmp_path / "out"))
     assert "needs one that keeps every character" in message
