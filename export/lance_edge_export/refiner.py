@@ -90,6 +90,7 @@ def export_refiner(
         rows,
         expected,
         stages_to(precision),
+        LEAST_AGREEMENT,
         CONTEXT,
         lambda stage: dict(make_weights(network, delta, stage)),
     )
@@ -132,6 +133,7 @@ def compare_stages(
     rows: Sequence[tuple[list[int], int]],
     expected: Sequence[list[int]],
     stages: Sequence[Precision],
+    least: Mapping[str, float],
     context: int,
     weights: Callable[[Precision], Mapping[str, Array]],
 ) -> tuple[dict[str, Array], dict[str, dict[str, float]]]:
@@ -139,6 +141,7 @@ def compare_stages(
 
     rows      (ids, first) as `sample_ids` makes them
     expected  the next tokens that torch says
+    least     per stage, the share of the next tokens that must not change
     weights   the arrays of a stage's weights file
 
     Raises ParityError if a stage changes more than it may.
@@ -154,7 +157,7 @@ def compare_stages(
         decoder = Decoder(session, prefix, len(tokenizer.prefix), context)
         after = [next_tokens(decoder, ids, first) for ids, first in rows]
         session.close()
-        parity[stage] = compare_tokens(stage, before, after)
+        parity[stage] = compare_tokens(stage, before, after, least[stage])
         before = after
     return prefix, parity
 
@@ -193,15 +196,15 @@ def next_tokens(decoder: Decoder, ids: list[int], first: int) -> list[int]:
 
 
 def compare_tokens(
-    stage: str, before: Sequence[list[int]], after: Sequence[list[int]]
+    stage: str, before: Sequence[list[int]], after: Sequence[list[int]], least: float
 ) -> dict[str, float]:
-    """Share of next tokens that agree. Raises ParityError below LEAST_AGREEMENT."""
+    """Share of next tokens that agree. Raises ParityError if it is too small."""
     pairs = [(a, b) for x, y in zip(before, after, strict=True) for a, b in zip(x, y, strict=True)]
     agreement = sum(a == b for a, b in pairs) / len(pairs)
-    if agreement < LEAST_AGREEMENT[stage]:
+    if agreement < least:
         raise ParityError(
             f"{stage}: {agreement:.4f} of {len(pairs)} next tokens agree with the stage before, and "
-            f"{LEAST_AGREEMENT[stage]} must; nothing was written"
+            f"{least} must; nothing was written"
         )
     return {"tokens": len(pairs), "agreement": agreement}
 

@@ -33,8 +33,8 @@ from lance_edge.llama import Source
 from lance_edge.pull import pull
 from lance_edge.weights import WEIGHTS, Array, Precision, make_weights
 from lance_edge_engines import open_session
+from lance_edge_export import causal
 from lance_edge_export import cli as export
-from lance_edge_export import refiner as stages
 from lance_edge_export.decoder_graph import decoder_graph
 from lance_edge_export.families import Checkpoint
 from lance_edge_export.tensors import TensorFolder
@@ -312,7 +312,7 @@ def exported(
     wanted = [(name, "fp32") for name in FAMILIES] + [("llama", "int8"), ("gemma3", "int8")]
     with pytest.MonkeyPatch.context() as patch:
         # A network of random weights is unsure of every token: int8 decides other ones.
-        patch.setitem(stages.LEAST_AGREEMENT, "int8", 0.6)
+        patch.setitem(causal.LEAST_AGREEMENT, "int8", 0.6)
         for family, precision in wanted:
             out = root / f"{family}-{precision}"
             given = options(folders[family], bundle, template, out)
@@ -424,7 +424,7 @@ def test_a_stage_out_of_bounds_writes_nothing(
     monkeypatch: Any,
     stage: str,
 ) -> None:
-    monkeypatch.setattr(stages, "LEAST_AGREEMENT", {"fp32": 0.0, "int8": 0.0, stage: 1.01})
+    monkeypatch.setattr(causal, "LEAST_AGREEMENT", {"fp32": 0.0, "int8": 0.0, stage: 1.01})
     out = tmp_path / "room" / "out"
     message = refusal(*options(folders["llama"], bundle, template, out))
     assert f"{stage}: " in message
