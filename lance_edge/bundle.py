@@ -23,6 +23,7 @@ import numpy.typing as npt
 from lance_edge.errors import BundleCorrupt, BundleError, BundleFileMissing
 from lance_edge.llama import LlamaShape
 from lance_edge.verdict import Decision
+from lance_edge.weights import WEIGHTS
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -189,9 +190,10 @@ class BaseSpec:
 class RefinerSpec:
     """How the refiner is made and fed.
 
-    delta          low-rank changes to the base, and the second look's head
+    delta          low-rank changes to the base, and the second look's head; none without a base
     prefix         keys and values of the template's first tokens
     second_look    its calibration, and which prompts get it
+    base           what the weights are made from; None if the bundle has them in its `files`
     weights        what base and delta make together: the bundle has it only if `files` does
     context        positions the graph covers, in tokens
     prompt_tokens  the longest prompt it reads
@@ -200,7 +202,7 @@ class RefinerSpec:
 
     graph: str
     tokenizer: str
-    delta: str
+    delta: str | None
     prefix: str
     second_look: str
     precision: str
@@ -209,10 +211,12 @@ class RefinerSpec:
     least_kept: float
     shape: LlamaShape
     template: Template
-    base: BaseSpec
+    base: BaseSpec | None
     weights: FileEntry
 
     def __post_init__(self) -> None:
+        if (self.base is None) != (self.delta is None):
+            raise BundleError("a refiner needs both a base and a delta, or neither of them")
         if self.precision not in PRECISIONS:
             raise BundleError(f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
         # The prompt, a rewrite half as long again, the critique and the template.
@@ -229,7 +233,7 @@ class SecondLook:
 
     calibration  of its latent severities
     low, high    the first look leaves the decision open if its margin lies between (`policy.margin`)
-    share        of the second look in the latent severity of both
+    share        of the second look in the latent severity of both; 0 if there is no second look
     """
 
     calibration: dict[str, Calibration]
@@ -238,8 +242,8 @@ class SecondLook:
     share: float
 
     def __post_init__(self) -> None:
-        if not (self.low <= self.high and 0 < self.share <= 1):
-            raise BundleError("a second look needs low <= high and a share above 0 and at most 1")
+        if not (self.low <= self.high and 0 <= self.share <= 1):
+            raise BundleError("a second look needs low <= high and a share of 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -319,8 +323,11 @@ class Bundle:
         name = self.manifest.gradients
         if name is None:
             raise BundleError(f"{self.path} has no gradients; export it again with a refiner")
-        path = self.path / name
-        templates = _build(Templates, _parse(path, self.read(name), dict), path)
+        return self.parse_gradients(self.path / name, self.read(name))
+
+    def parse_gradients(self, path: Path, contents: bytes) -> Templates:
+        """Templates that fit this bundle, as a file has them. Raises BundleError if they do not."""
+        templates = _build(Templates, _parse(path, contents, dict), path)
         self._fits(templates.categories, path)
         return templates
 
@@ -371,8 +378,11 @@ def open_bundle(
         check(folder, public_key, {MANIFEST: sha256})
     manifest = _manifest(folder / MANIFEST, contents)
     bundle = Bundle(folder, sha256, manifest, (), {})
-    if manifest.refiner is not None and manifest.gradients is None:
+    refiner = manifest.refiner
+    if refiner is not None and manifest.gradients is None:
         raise BundleError(f"{folder} has a refiner and no gradients for it to read")
+    if refiner is not None and refiner.base is None and WEIGHTS not in manifest.files:
+        raise BundleError(f"{folder} has a refiner with neither weights nor a base to make them of")
     categories = tuple(
         _build(Category, entry, folder / manifest.taxonomy)
         for entry in _parse(folder / manifest.taxonomy, bundle.read(manifest.taxonomy), list)
@@ -473,10 +483,13 @@ def _typed(value: Any, hint: Any, place: str) -> Any:
         return tuple(_typed(item, arguments[0], place) for item in value)
     if origin is dict and isinstance(value, dict):
         return {key: _typed(item, arguments[1], f"{place}.{key}") for key, item in value.items()}
+    if hint is bool and isinstance(value, bool):
+        return value
     accepted = {float: (int, float), int: (int,), str: (str,)}.get(hint, ())
     if isinstance(value, accepted) and not isinstance(value, bool):
         return value
-    wanted = {float: "a number", int: "a whole number", str: "a text"}.get(hint, "a list or object")
+    names = {bool: "true or false", float: "a number", int: "a whole number", str: "a text"}
+    wanted = names.get(hint, "a list or object")
     if origin is Literal:
         wanted = "one of " + ", ".join(arguments)
     raise BundleError(f"{place} must be {wanted}, not {value!r}")

@@ -6,14 +6,14 @@ import hashlib
 import mmap
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from lance_edge.bundle import Bundle, RefinerSpec
-from lance_edge.errors import BundleCorrupt, BundleError, RefinerMissing
-from lance_edge.weights import WEIGHTS, Array, Precision, layout, total_bytes
+from lance_edge.errors import BundleCorrupt, BundleError, BundleFileMissing, RefinerMissing
+from lance_edge.weights import WEIGHTS, Array, Entry, Precision, layout, total_bytes
 
 CHUNK = 2**22  # bytes
 
@@ -39,20 +39,29 @@ def weights_path(bundle: Bundle, spec: RefinerSpec) -> Path:
 def open_weights(bundle: Bundle, spec: RefinerSpec) -> Mapping[str, Array]:
     """The weights by name, mapped from their verified file.
 
-    Raises RefinerMissing if they were never pulled, BundleCorrupt if they changed since.
+    Raises RefinerMissing if they were never pulled, BundleFileMissing if the bundle has lost them,
+    BundleCorrupt if they changed since.
     """
     path = weights_path(bundle, spec)
+    own = WEIGHTS in bundle.manifest.files
+    if own and path.is_symlink():
+        raise BundleCorrupt(path, "is a symbolic link, which a bundle may not hold")
     if not path.is_file():
-        raise RefinerMissing(path)
+        raise BundleFileMissing(path) if own else RefinerMissing(path)
     if not is_whole(path, spec):
-        raise BundleCorrupt(
-            path, "does not have the SHA-256 that the manifest says", "run `lance-edge pull` again"
-        )
+        remedy = "copy or export the bundle again" if own else "run `lance-edge pull` again"
+        raise BundleCorrupt(path, "does not have the SHA-256 that the manifest says", remedy)
+    entries = layout(spec.shape, len(bundle.categories), precision_of(spec))
+    size = path.stat().st_size
+    if total_bytes(entries) != size:
+        raise BundleCorrupt(path, f"has {size} bytes and its layout {total_bytes(entries)}")
+    return map_weights(path, entries)
+
+
+def map_weights(path: Path, entries: Sequence[Entry]) -> Mapping[str, Array]:
+    """The arrays of a weights file by name, mapped."""
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    entries = layout(spec.shape, len(bundle.categories), precision_of(spec))
-    if total_bytes(entries) != len(mapped):
-        raise BundleCorrupt(path, f"has {len(mapped)} bytes and its layout {total_bytes(entries)}")
     return {
         entry.name: np.frombuffer(
             mapped, entry.dtype, int(np.prod(entry.shape)), entry.offset

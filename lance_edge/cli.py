@@ -314,7 +314,10 @@ def info(
     refiner = "none in this bundle"
     if manifest.refiner is not None:
         weights = weights_path(opened, manifest.refiner)
-        refiner = str(weights) if weights.is_file() else "not here yet; run `lance-edge pull`"
+        missing = "not here yet; run `lance-edge pull`"
+        if manifest.refiner.base is None:
+            missing = "its weights are missing; copy or export the bundle again"
+        refiner = str(weights) if weights.is_file() else missing
     if output_format == "json":
         values = {
             "version": __version__,
@@ -488,7 +491,7 @@ def offer_pull(bundle: Path | None, public_key: Path | None = None) -> None:
 
     opened = open_bundle(bundle, public_key)
     spec = opened.manifest.refiner
-    if spec is None or weights_path(opened, spec).is_file():
+    if spec is None or spec.base is None or weights_path(opened, spec).is_file():
         return
     if sys.stdin.isatty() and sys.stderr.isatty():
         question = (

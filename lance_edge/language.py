@@ -46,6 +46,7 @@ class LanguageTokenizer:
             if not opening or opening[0] not in self.control:
                 raise BundleError(f"the template's {name} must begin with a control token")
         self.end = end[0]
+        self.size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self._tokenizer.encode_special_tokens = True
 
     def encode(self, text: str) -> list[int]:

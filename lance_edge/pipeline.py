@@ -309,8 +309,8 @@ def load(
     public_key  PEM file; only a bundle that its owner signed is loaded. $LANCE_EDGE_PUBLIC_KEY if
                 none is given; without either, signatures are not looked at
 
-    Raises BundleError, InvalidOption, lance_edge_engines.DeviceUnavailable, or, with looks="2",
-    RefinerMissing.
+    Raises BundleError, InvalidOption (also for looks="2" where the refiner has no second look),
+    lance_edge_engines.DeviceUnavailable, or, with looks="2", RefinerMissing.
     """
     if threads is not None and threads < 1:
         raise InvalidOption(f"threads must be at least 1, not {threads}")
@@ -323,12 +323,16 @@ def load(
     public_key = public_key or os.environ.get("LANCE_EDGE_PUBLIC_KEY") or None
     opened = open_bundle(bundle, None if public_key is None else Path(public_key))
     chosen = policy(opened, thresholds, rules)
+    refiner = opened.manifest.refiner
+    if looks == "2" and refiner is not None and opened.second_look().share == 0:
+        raise InvalidOption(
+            f"the refiner of {opened.path} has no second look; choose looks auto or 1"
+        )
     spec = opened.manifest.screener
     tokenizer = Tokenizer(opened.read(spec.tokenizer), spec.window, spec.overlap)
     session = open_session(opened.read(spec.graph), device, threads)
     calibration = [opened.calibration[name] for name in chosen.categories]
     screener = Screener(session, calibration)
-    refiner = opened.manifest.refiner
     if looks == "auto" and (refiner is None or not weights_path(opened, refiner).is_file()):
         looks = "1"
     opener = partial(open_refiner, opened, refiner, screener.device, threads) if refiner else None

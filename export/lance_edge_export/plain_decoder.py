@@ -45,7 +45,7 @@ def plain_decoder_graph(
 ) -> onnx.ModelProto:
     """The graph without its weights: they are named as external data of a file in `plain_layout`."""
     entries = plain_layout(shape, categories, precision)
-    return assemble(PlainBuilder(shape, precision), entries, categories, context)
+    return assemble(PlainBuilder(shape, precision, context), entries, categories)
 
 
 def plain_layout(shape: LlamaShape, categories: int, precision: FloatPrecision) -> list[Entry]:
@@ -84,8 +84,8 @@ class PlainBuilder(Builder):
     domains = (("", 18),)  # the first that has all of them: old parsers read old opsets
     ir_version = 8
 
-    def __init__(self, shape: LlamaShape, precision: FloatPrecision) -> None:
-        super().__init__(shape, "fp32")
+    def __init__(self, shape: LlamaShape, precision: FloatPrecision, context: int) -> None:
+        super().__init__(shape, "fp32", context)
         self.half = precision == "fp16"
         self.cache_type = HALF if self.half else FLOAT
 

@@ -48,6 +48,19 @@ class PlanGraph:
     profiles: list[Profile]
 
 
+# What a shape may have beyond Llama that `plain_decoder` does not know.
+NOT_PLANNED = {
+    "activation",
+    "attention_scale",
+    "biases",
+    "head_norms",
+    "post_norms",
+    "tied",
+    "window_rope_base",
+    "windows",
+}
+
+
 def write_graph(bundle: Bundle, part: Part, precision: FloatPrecision, folder: Path) -> PlanGraph:
     """Write one graph of a bundle into a folder.
 
@@ -96,6 +109,12 @@ def refiner_spec(bundle: Bundle) -> RefinerSpec:
     if bundle.manifest.refiner is None:
         raise ExportError(
             f"{bundle.path} has no refiner; build a plan of its screener with --only screener"
+        )
+    beyond = sorted(set(bundle.manifest.refiner.shape.essentials()) & NOT_PLANNED)
+    if beyond:
+        raise ExportError(
+            f"the refiner of {bundle.path} has {', '.join(beyond)}, which no plan is made of yet; "
+            "build a plan of its screener with --only screener"
         )
     return bundle.manifest.refiner
 

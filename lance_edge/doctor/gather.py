@@ -219,7 +219,8 @@ def bundle_state(path: Path | None) -> BundleState:
     state = "missing"
     if weights.is_file():
         state = "ready" if _attempt(is_whole, weights, spec) else "damaged"
-    return BundleState(place, name, None, state, 2 * spec.base.bytes + spec.weights.bytes)
+    base = 0 if spec.base is None else spec.base.bytes  # without one, nothing is pulled
+    return BundleState(place, name, None, state, 2 * base + spec.weights.bytes)
 
 
 def _cache_folder() -> Path:

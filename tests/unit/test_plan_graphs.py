@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,7 +32,12 @@ from lance_edge_export.plain_decoder import (
     plain_layout,
     plain_weights,
 )
-from lance_edge_export.plan_graphs import longest_step, refiner_profiles, screener_profiles
+from lance_edge_export.plan_graphs import (
+    longest_step,
+    refiner_profiles,
+    refiner_spec,
+    screener_profiles,
+)
 from lance_edge_export.quantise import row_wise_int8
 
 CATEGORIES = len(tiny.CATEGORIES)
@@ -293,3 +300,11 @@ def test_the_screeners_profile_reaches_a_padded_window(window: int, longest: int
     assert profile["ids"] == profile["mask"]
     assert profile["ids"][0] == (1, 8)
     assert profile["ids"][2] == (32, longest)
+
+
+def test_what_a_plan_cannot_hold_is_named() -> None:
+    shape = replace(SHAPE, biases=("qkv",), head_norms=True)
+    spec = SimpleNamespace(shape=shape)
+    bundle: Any = SimpleNamespace(path="here", manifest=SimpleNamespace(refiner=spec))
+    with pytest.raises(ExportError, match="has biases, head_norms, which no plan is made of yet"):
+        refiner_spec(bundle)

@@ -27,7 +27,7 @@ def load_base(path: Path) -> LlamaForCausalLM:
         max_position_embeddings=shape.context,
         rope_theta=shape.rope_base,
         rms_norm_eps=shape.norm_epsilon,
-        tie_word_embeddings=True,
+        tie_word_embeddings=shape.tied,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=2,
@@ -44,7 +44,11 @@ def load_base(path: Path) -> LlamaForCausalLM:
         for name in NORMS:
             weights[f"model.layers.{layer}.{name}.weight"] = network.norm(layer, name)
     state = {name: torch.from_numpy(weight.copy()) for name, weight in weights.items()}
-    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    state["lm_head.weight"] = (
+        state["model.embed_tokens.weight"]
+        if shape.tied
+        else torch.from_numpy(network.output().copy())
+    )
     model.load_state_dict(state)
     return model.eval()  # type: ignore[no-any-return]
 
