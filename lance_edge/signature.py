@@ -187,6 +187,7 @@ def _fingerprint(key: EllipticCurvePublicKey) -> str:
 
 def _public_key(path: Path) -> EllipticCurvePublicKey:
     try:
+        from cryptography.exceptions import UnsupportedAlgorithm
         from cryptography.hazmat.primitives.asymmetric import ec
         from cryptography.hazmat.primitives.serialization import load_pem_public_key
     except ModuleNotFoundError as error:  # never go on unchecked
@@ -194,9 +195,10 @@ def _public_key(path: Path) -> EllipticCurvePublicKey:
             f"the bundle's signature cannot be checked with {path}: cryptography is not installed; "
             "install `lance-edge[sign]`"
         ) from error
+    pem = _read(path)
     try:
-        key = load_pem_public_key(_read(path))
-    except ValueError as error:
+        key = load_pem_public_key(pem)
+    except (UnsupportedAlgorithm, ValueError) as error:
         raise InvalidOption(f"{path} is not a public key in PEM: {error}") from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name not in CURVES:
         raise InvalidOption(f"{path} is not a key on one of the curves {', '.join(CURVES)}")
@@ -204,17 +206,19 @@ def _public_key(path: Path) -> EllipticCurvePublicKey:
 
 
 def _private_key(path: Path) -> EllipticCurvePrivateKey:
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
+    pem = _read(path)
     try:
-        key = load_pem_private_key(_read(path), None)
+        key = load_pem_private_key(pem, None)
     except TypeError as error:  # it has a password
         raise InvalidOption(
             f"{path} is encrypted; decrypt it for the time of signing, or sign with "
             "`model_signing sign key --password`"
         ) from error
-    except ValueError as error:
+    except (UnsupportedAlgorithm, ValueError) as error:
         raise InvalidOption(f"{path} is not a private key in PEM: {error}") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name not in CURVES:
         raise InvalidOption(f"{path} is not a key on one of the curves {', '.join(CURVES)}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -143,7 +145,9 @@ def _open(
         raise DeviceUnavailable(reason)
     runtime = _import()
     if device == "cuda" and hasattr(runtime, "preload_dlls"):
-        runtime.preload_dlls()  # CUDA libraries that pip installed are on no search path
+        # CUDA libraries that pip installed are on no search path. What fails is printed.
+        with contextlib.redirect_stdout(sys.stderr):
+            runtime.preload_dlls()
     options = runtime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0

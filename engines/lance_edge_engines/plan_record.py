@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lance_edge_engines.cuda import Gpu
 from lance_edge_engines.session import SessionError
@@ -96,6 +96,8 @@ def read_record(folder: Path) -> PlanRecord:
                 f"{path} has format {found!r} and this version reads {FORMAT}; build the plans again"
             )
         plans = {name: _entry(entry) for name, entry in values.pop("plans").items()}
+        if values.get("runtime") not in get_args(RuntimeName):
+            raise ValueError(f"there is no runtime {values.get('runtime')!r}")
         return PlanRecord(plans=plans, **values)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise SessionError(f"{path} is not a record of plans: {error}; build them again") from error

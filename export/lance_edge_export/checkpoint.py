@@ -22,6 +22,7 @@ from lance_edge.bundle import Calibration
 from lance_edge.errors import ExportError
 from lance_edge.screener import PAD_MULTIPLE
 from lance_edge_export.folder import read_config
+from lance_edge_export.tensors import inside
 from lance_edge_training.checkpoint import load_screener
 from lance_edge_training.model import Served
 
@@ -106,16 +107,23 @@ class ClassifierGraph(nn.Module):
 
 def _ours(folder: Path, window: int | None) -> Checkpoint:
     for name, remedy in (
+        ("screener.json", "train the screener again"),
         ("head.safetensors", "train the screener again"),
         ("taxonomy.json", "train the screener again"),
         ("calibration.json", "run `python -m lance_edge_training.calibrate`"),
     ):
         if not (folder / name).is_file():
             raise ExportError(f"{folder} has no {name}; {remedy}")
+        inside(folder, name)
     screener, description = load_screener(folder)
     taxonomy = json.loads((folder / "taxonomy.json").read_text(encoding="utf-8"))
     values = json.loads((folder / "calibration.json").read_text(encoding="utf-8"))
-    window = window or description["window"]
+    if lacking := [entry["name"] for entry in taxonomy if entry["name"] not in values]:
+        raise ExportError(
+            f"{folder / 'calibration.json'} lacks {', '.join(lacking)}; "
+            "run `python -m lance_edge_training.calibrate` again"
+        )
+    window = _fitting(window or description["window"], screener.encoder.config)
     return Checkpoint(
         Served(screener).eval(),
         (folder / "tokenizer.json").read_bytes(),
@@ -146,12 +154,14 @@ def _classifier(folder: Path, benign: Sequence[str], window: int | None) -> Chec
             f"{folder} has no weights for {', '.join(missing[:3])}; they would be random"
         )
     labels = [str(config.id2label[index]) for index in range(config.num_labels)]
+    if config.problem_type == "regression":
+        raise ExportError(f"{folder} is a regression: it has a value, and no categories")
     single = config.problem_type != "multi_label_classification" and len(labels) > 1
     kept = categories_among(labels, benign, single)
     names = [slug(labels[index]) for index in kept]
     if len(set(names)) < len(names) or "none" in names:
         raise ExportError(f"{folder}: the labels {', '.join(labels)} make no distinct names")
-    window = window or _longest_window(config)
+    window = _fitting(window or LONGEST_WINDOW, config, cut=window is None)
     return Checkpoint(
         ClassifierGraph(network, len(labels), kept, single).eval(),
         (folder / "tokenizer.json").read_bytes(),
@@ -192,8 +202,11 @@ def slug(label: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", label.casefold()).strip("_") or "label"
 
 
-def _longest_window(config: Any) -> int:
-    """Tokens the encoder has positions for, but not more than LONGEST_WINDOW."""
+def _fitting(window: int, config: Any, cut: bool = False) -> int:
+    """The window, if the encoder has a position for each of its tokens; with `cut`, the longest that
+    it has. Raises ExportError."""
     reserved = config.pad_token_id + 1 if "roberta" in config.model_type else 0
-    positions = int(config.max_position_embeddings) - reserved
-    return min(LONGEST_WINDOW, positions // PAD_MULTIPLE * PAD_MULTIPLE)
+    positions = (int(config.max_position_embeddings) - reserved) // PAD_MULTIPLE * PAD_MULTIPLE
+    if window > positions and not cut:
+        raise ExportError(f"a window of {window} tokens does not fit an encoder for {positions}")
+    return min(window, positions)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -64,7 +65,7 @@ def screener(
     ] = None,
     window: Annotated[
         int | None,
-        typer.Option(min=8, show_default="the checkpoint's", help="Tokens read at once."),
+        typer.Option(min=16, show_default="the checkpoint's", help="Tokens read at once."),
     ] = None,
     keep_fp32: Annotated[
         list[str] | None, typer.Option(help="A layer that stays in fp32; repeatable.")
@@ -83,19 +84,23 @@ def screener(
     """Export a screener: torch -> fp32 ONNX -> int8 or fp16, each stage compared with the one before."""
     from lance_edge.errors import ExportError
     from lance_edge_export.checkpoint import read_checkpoint
+    from lance_edge_export.place import check_replaceable, is_bundle
     from lance_edge_export.screener import Wishes, export_bundle, with_taxonomy
-    from lance_edge_training.data import read_rows
 
-    texts = [row["prompt"] for row in read_rows(prompts or PROMPTS)]
+    texts = [row["prompt"] for row in records(prompts or PROMPTS, "prompt")]
     if not texts:
         raise ExportError(f"{prompts} holds no prompts for the parity gate")
     golden = texts[:GOLDENS]
     if golden_prompts is not None:
         lines = golden_prompts.read_text(encoding="utf-8").split("\n")
         golden = [line for line in lines if line.strip()]
+    check_replaceable(out, is_bundle(out), "a bundle")
     read = read_checkpoint(checkpoint, benign or (), window)
     if taxonomy is not None:
-        entries = json.loads(taxonomy.read_text(encoding="utf-8"))
+        try:
+            entries = json.loads(taxonomy.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ExportError(f"{taxonomy} is not valid JSON ({error})") from error
         read = replace(read, taxonomy=with_taxonomy(read.taxonomy, entries))
     wishes = Wishes(precision, name or out.name, version, encoder, tuple(keep_fp32 or ()))
     export_bundle(read, out, wishes, texts, golden, typer.echo)
@@ -156,6 +161,7 @@ def refiner(
     from lance_edge.errors import ExportError
     from lance_edge_export.causal import export_checkpoint, read_template
     from lance_edge_export.pack import add_refiner, read_gradients
+    from lance_edge_export.place import check_replaceable, is_bundle
     from lance_edge_export.refiner import export_refiner
 
     trained = (checkpoint / TRAINED).is_file()
@@ -168,6 +174,7 @@ def refiner(
         raise ExportError(
             f"{checkpoint} has no {TRAINED}, so it was not trained from --base; leave that out"
         )
+    check_replaceable(out, is_bundle(out), "a bundle")
     opened = open_bundle(bundle)
     templates, written = read_gradients(opened, gradients)
     samples = read_samples(opened, templates, pairs)
@@ -200,11 +207,26 @@ def read_samples(
     """(prompt, critique, rewrite) for the parity gate. Raises ExportError if there are none."""
     from lance_edge.errors import ExportError
     from lance_edge_export.causal import golden_samples
-    from lance_edge_training.data import read_rows
 
     if pairs is None:
         return golden_samples(bundle, templates)
-    rows = list(islice((row for row in read_rows(pairs) if row.get("refined")), PARITY_PAIRS))
+    found = (row for row in records(pairs, "prompt", "gradient", "refined") if row["refined"])
+    rows = list(islice(found, PARITY_PAIRS))
     if not rows:
         raise ExportError(f"{pairs} holds no records with a rewrite for the parity gate")
     return [(row["prompt"], "\n".join(row["gradient"].values()), row["refined"]) for row in rows]
+
+
+def records(path: Path, *keys: str) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON-lines file, each with these keys. Raises ExportError, with the line."""
+    from lance_edge.errors import ExportError
+    from lance_edge_training.data import read_rows
+
+    try:
+        for number, row in enumerate(read_rows(path), 1):
+            if not isinstance(row, dict) or (lacking := [key for key in keys if key not in row]):
+                lacked = ", ".join(lacking) if isinstance(row, dict) else "an object's braces"
+                raise ExportError(f"{path}, record {number}, lacks {lacked}")
+            yield row
+    except ValueError as error:  # a line that is not JSON, or not UTF-8
+        raise ExportError(str(error)) from error

@@ -12,11 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from lance_edge.errors import BundleError, ExportError
 from lance_edge.gguf import Float32Array
 from lance_edge.llama import HEAD_NORMS, LINEARS, NORMS, POST_NORMS, LlamaShape, RopeScaling
 from lance_edge.weights import PACKED
-from lance_edge_export.tensors import TensorFolder, inside, listed, read_json
+from lance_edge_export.tensors import (
+    TensorFolder,
+    inside,
+    listed,
+    read_json,
+    refuse_other_weights,
+)
 
 CONFIG = "config.json"
 LANES = 16  # ONNX Runtime rotates heads whose size is a multiple of it
@@ -31,10 +39,10 @@ class Config:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._values = read_json(path)
+        self.values = read_json(path)
 
     def get(self, key: str) -> Any:
-        return self._values.get(key)
+        return self.values.get(key)
 
     def integer(self, key: str, default: int | None = None) -> int:
         value = self.get(key)
@@ -101,6 +109,7 @@ class Checkpoint:
         if not folder.is_dir():
             raise ExportError(f"{folder} is no folder; give a checkpoint's, with its {CONFIG}")
         config = Config(inside(folder, CONFIG))
+        refuse_other_weights(config.values, folder)
         self.architecture = architecture(config)
         self.family = FAMILIES[self.architecture]
         self.shape = read_shape(config, self.family)
@@ -182,7 +191,7 @@ def check_tensors(tensors: TensorFolder, family: Family, shape: LlamaShape) -> N
         del found[name]  # older checkpoints kept what follows from the config
     if shape.tied and OUTPUT in found and EMBEDDING in found:
         del found[OUTPUT]
-        if not (tensors.tensor(OUTPUT) == tensors.tensor(EMBEDDING)).all():
+        if not np.array_equal(tensors.tensor(OUTPUT), tensors.tensor(EMBEDDING)):
             raise ExportError(
                 f"{tensors.folder} has an {OUTPUT} that is not its embedding, and {CONFIG} says "
                 "that they are one; set tie_word_embeddings to false if it was trained"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lance_edge.errors import ExportError
-from lance_edge_export.tensors import inside, read_json, weight_files
+from lance_edge_export.tensors import inside, read_json, refuse_other_weights, weight_files
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -19,6 +19,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_json(inside(folder, "config.json"))
     if not isinstance(config.get("model_type"), str):
         raise ExportError(f"{folder / 'config.json'} names no model_type")
+    refuse_other_weights(config, folder)
     for name in weight_files(folder):
         inside(folder, name)
     if not (folder / "tokenizer.json").is_file():

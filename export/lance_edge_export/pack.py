@@ -69,10 +69,15 @@ def write_bundle(
         manifest, json.loads(files["taxonomy.json"]), json.loads(files["calibration.json"])
     )
     with whole(out) as partial:
-        partial.mkdir()
         _write(partial, manifest, files)
         with load(partial, device="cpu") as pipeline:
-            files[GOLDENS] = _json(goldens(pipeline, golden_prompts))
+            kept = goldens(pipeline, golden_prompts)
+        if not kept:
+            raise ExportError(
+                "none of the golden prompts is clear of a threshold on this bundle; give others with "
+                "--golden-prompts"
+            )
+        files[GOLDENS] = _json(kept)
         _write(partial, manifest, files)
 
 
@@ -97,7 +102,6 @@ def add_refiner(
     taxonomy, calibration = (json.loads(files[n]) for n in (before.taxonomy, before.calibration))
     files["README.md"] = card(manifest, taxonomy, calibration)
     with whole(out) as partial:
-        partial.mkdir()
         apart = {}
         if exported.weights is not None:
             shutil.move(exported.weights, partial / WEIGHTS)
@@ -143,6 +147,24 @@ def goldens(pipeline: Pipeline, prompts: list[str]) -> list[dict[str, Any]]:
     return kept
 
 
+# Of the model card: what the screener is, where its data is described, what is known of its limits.
+OURS = (
+    """A screener for prompts to language models: per category a severity in 0..1 with a standard
+deviation, and the words that carry it. It reads English; other languages were not trained and
+not measured.""",
+    "Licences and attributions are in NOTICE of the lance-edge repository.",
+    """The rates are in docs/quality.md of the repository,
+with the commands that reproduce them. Severities of political opinion, crime fiction
+and distress without a plan are the least certain.""",
+)
+CLASSIFIER = (
+    """A screener for prompts to language models, made of a classifier: per category a severity in
+0..1, as its own sigmoid or softmax gives it. It names no words, and has no deviation.""",
+    "See the classifier's own card for its data, languages and licence.",
+    "How often is not measured here; see the classifier's own card.",
+)
+
+
 def card(manifest: Manifest, taxonomy: list[dict[str, Any]], calibration: dict[str, Any]) -> bytes:
     """The bundle's model card."""
     rows = "\n".join(
@@ -153,6 +175,7 @@ def card(manifest: Manifest, taxonomy: list[dict[str, Any]], calibration: dict[s
         f"- {stage}: `{json.dumps(figures)}`" for stage, figures in manifest.parity.items()
     )
     sources = ", ".join(manifest.provenance.get("sources", [])) or "not recorded"
+    about, made, limits = OURS if "classifier" not in manifest.provenance else CLASSIFIER
     refiner = ""
     if manifest.refiner is not None:
         refiner = f"""
@@ -163,9 +186,7 @@ miss the point; it is given back only if nothing in it is flagged.
 """
     return f"""# {manifest.name} {manifest.version}
 
-A screener for prompts to language models: per category a severity in 0..1 with a standard
-deviation, and the words that carry it. It reads English; other languages were not trained and
-not measured.
+{about}
 
 Precision {manifest.screener.precision}; windows of {manifest.screener.window} tokens that share
 {manifest.screener.overlap}. Longer prompts are read window by window and never cut.
@@ -176,16 +197,14 @@ Precision {manifest.screener.precision}; windows of {manifest.screener.window} t
 {refiner}
 ## Made from
 Encoder: {manifest.provenance.get("encoder") or "not recorded"}.
-Training data: {sources}. Licences and attributions are in NOTICE of the lance-edge repository.
+Training data: {sources}. {made}
 
 ## Export parity
 {stages}
 
 ## Limits
 It judges the prompt alone, not the answer or the conversation. It is a statistical model: it
-misses hazards and flags harmless prompts at the rates that docs/quality.md of the repository
-reports, with the commands that reproduce them. Severities of political opinion, crime fiction
-and distress without a plan are the least certain.
+misses hazards and flags harmless prompts. {limits}
 """.encode()
 
 

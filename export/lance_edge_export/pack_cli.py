@@ -49,14 +49,16 @@ def pack(
     """Pack a bundle for another machine: whole, with its weights, signed; or as a Triton repository."""
     from lance_edge.bundle import open_bundle
     from lance_edge.signature import sign as sign_bundle
-    from lance_edge_export.place import whole
+    from lance_edge_export.place import check_replaceable, is_bundle, is_repository, whole
     from lance_edge_export.portable import copy_bundle
-    from lance_edge_export.triton import write_repository
+    from lance_edge_export.triton import MODELS, write_repository
 
     opened = open_bundle(bundle, public_key)
-    check_replaceable(out, output_format)
+    triton = output_format == "triton"
+    ours = is_repository(out, MODELS) if triton else is_bundle(out)
+    check_replaceable(out, ours, f"a packed {output_format}")
     with whole(out) as folder:
-        if output_format == "triton":
+        if triton:
             packed = write_repository(opened, folder, with_weights)
         else:
             copy_bundle(opened, folder, with_weights)
@@ -66,19 +68,3 @@ def pack(
                 sign_bundle(inside, sign, opened.manifest.name)
     typer.echo(f"wrote {out}")
     return 0
-
-
-def check_replaceable(out: Path, output_format: Literal["bundle", "triton"]) -> None:
-    """Raise InvalidOption where something else than an earlier pack would be lost."""
-    from lance_edge.bundle import MANIFEST
-    from lance_edge.errors import InvalidOption
-    from lance_edge_export.triton import MODELS
-
-    if not out.exists():
-        return
-    found = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
-    ours = MANIFEST in found if output_format == "bundle" else found <= set(MODELS)
-    if found and not (ours and out.is_dir()):
-        raise InvalidOption(
-            f"--out {out} holds something else than a packed {output_format}; name a new folder"
-        )

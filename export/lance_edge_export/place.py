@@ -1,20 +1,30 @@
-"""Folders that appear whole or not at all."""
+"""Folders that appear whole or not at all, and never in the place of somebody else's."""
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+from lance_edge.bundle import MANIFEST
+from lance_edge.errors import InvalidOption
+from lance_edge.signature import SIGNATURE
+
+PARTIAL, OLD = "partial-", "old-"  # of hidden folders next to the one that is written
 
 
 @contextmanager
 def whole(out: Path) -> Iterator[Path]:
-    """A path next to `out` for a new folder, which takes its place if the block ends without an error."""
+    """A new folder next to `out`, which takes its place if the block ends without an error."""
     out = out.resolve()  # so that it has a name, and a folder that it lies in
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)
+    for left in (*out.parent.glob(f".{out.name}.{PARTIAL}*"), *_old(out)):
+        shutil.rmtree(left, ignore_errors=True)  # by a process that was killed
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.{PARTIAL}", dir=out.parent))
+    partial.chmod(0o755)  # mkdtemp lets only its owner in
     try:
         yield partial
         move_into_place(partial, out)
@@ -24,8 +34,7 @@ def whole(out: Path) -> Iterator[Path]:
 
 def move_into_place(partial: Path, out: Path) -> None:
     """Put a finished folder in the place of another, which stays if that fails."""
-    old = out.with_name(out.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.{OLD}", dir=out.parent)) / out.name
     if out.exists():
         out.replace(old)
     try:
@@ -34,4 +43,40 @@ def move_into_place(partial: Path, out: Path) -> None:
         if old.exists():
             old.replace(out)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(old.parent, ignore_errors=True)
+
+
+def check_replaceable(out: Path, found_ours: bool, what: str) -> None:
+    """Raise InvalidOption where something else than `what` would be lost."""
+    if not out.exists() or (out.is_dir() and (found_ours or not any(out.iterdir()))):
+        return
+    raise InvalidOption(f"--out {out} holds something else than {what}; name a new folder")
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether a folder holds a bundle's files and nothing beside them."""
+    try:
+        values = json.loads((folder / MANIFEST).read_bytes())
+        named = {MANIFEST, SIGNATURE, *values["files"]}
+        has_format = isinstance(values["format"], int)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
+    alone = all(path.name in named and not path.is_dir() for path in folder.iterdir())
+    return has_format and alone
+
+
+def is_repository(folder: Path, models: Sequence[str]) -> bool:
+    """Whether a folder holds a packed model repository and nothing beside it."""
+    written = {"config.pbtxt", "1/model.onnx", "1/model.py"}
+    for path in folder.rglob("*"):
+        model, _, name = path.relative_to(folder).as_posix().partition("/")
+        inside = name.startswith("1/bundle/")
+        if path.is_file() and not (model in models and (inside or name in written)):
+            return False
+    return True
+
+
+def _old(out: Path) -> list[Path]:
+    """What was set aside, unless it is all that is left of `out`."""
+    return list(out.parent.glob(f".{out.name}.{OLD}*")) if out.exists() else []

@@ -15,7 +15,7 @@ from lance_edge.draft import LONGEST
 from lance_edge.errors import ExportError
 from lance_edge.language import LanguageTokenizer
 from lance_edge.refiner import CRITIQUE_TOKENS
-from lance_edge.screener import PAD_MULTIPLE
+from lance_edge.screener import PAD_MULTIPLE, RUN_TOKENS
 from lance_edge.weights import WEIGHTS, contents
 from lance_edge_engines.plan_record import Profile, Span
 from lance_edge_export.float_screener import float_screener
@@ -29,7 +29,7 @@ from lance_edge_export.plain_decoder import (
 Part = Literal["screener", "refiner"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
-ROWS = 32  # prompts in one run of the screener, at most
+ROWS = RUN_TOKENS // PAD_MULTIPLE  # windows in one run of the screener, at most
 VERIFY = LONGEST + 1  # rows of a step: a draft and the token before it
 
 
@@ -73,6 +73,10 @@ def write_graph(bundle: Bundle, part: Part, precision: FloatPrecision, folder: P
 def write_screener(bundle: Bundle, precision: FloatPrecision, folder: Path) -> PlanGraph:
     """The screener in floating point."""
     spec = bundle.manifest.screener
+    if spec.precision == "fp16" and precision == "fp32":
+        raise ExportError(
+            f"{bundle.path} has an fp16 screener; build its plan with --precision fp16"
+        )
     model = onnx.load_model_from_string(bundle.read(spec.graph))
     path = folder / "screener.onnx"
     path.write_bytes(float_screener(model, precision).SerializeToString())
@@ -148,7 +152,7 @@ def refiner_profiles(bundle: Bundle, spec: RefinerSpec) -> list[Profile]:
 
 
 def cache_span(spec: RefinerSpec) -> Span:
-    """A cache for one token to one for the whole context."""
+    """A cache of two tokens to one for the whole context."""
     lengths: Sequence[int] = (2, spec.context // 4, spec.context)
     heads, size = spec.shape.kv_heads, spec.shape.head_size
     least, usual, most = ((1, heads, length, size) for length in lengths)

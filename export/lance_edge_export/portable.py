@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lance_edge.bundle import MANIFEST, Bundle, RefinerSpec, open_bundle
 from lance_edge.cache import CHUNK, weights_path
-from lance_edge.errors import BundleCorrupt, RefinerMissing
+from lance_edge.errors import BundleCorrupt, InvalidOption, RefinerMissing
 from lance_edge.weights import WEIGHTS
 
 
@@ -24,10 +24,15 @@ def copy_bundle(bundle: Bundle, folder: Path, with_weights: bool) -> None:
     original = _manifest_bytes(bundle)
     values = json.loads(original)
     files = {name: entry for name, entry in values["files"].items() if name != WEIGHTS}
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name in files:
         (folder / name).write_bytes(bundle.read(name))
     spec = bundle.manifest.refiner
+    if spec is not None and spec.base is None and not with_weights:
+        raise InvalidOption(
+            f"the refiner's weights of {bundle.path} lie in the bundle, and no pull can make them; "
+            "pack it with them"
+        )
     if with_weights and spec is not None:
         _copy_weights(weights_path(bundle, spec), folder / WEIGHTS, spec)
         files[WEIGHTS] = asdict(spec.weights)
@@ -58,5 +63,5 @@ def _copy_weights(source: Path, target: Path, spec: RefinerSpec) -> None:
         raise BundleCorrupt(
             source,
             "does not have the SHA-256 that the manifest says",
-            "run `lance-edge pull` again",
+            "run `lance-edge pull` again" if spec.base else "copy the bundle again",
         )

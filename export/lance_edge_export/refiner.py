@@ -17,7 +17,7 @@ from torch import nn
 
 from lance_edge.bundle import BaseSpec, Calibration, FileEntry, RefinerSpec, SecondLook, Template
 from lance_edge.decoder import Decoder
-from lance_edge.errors import ParityError
+from lance_edge.errors import ExportError, ParityError
 from lance_edge.gguf import Gguf
 from lance_edge.language import LanguageTokenizer
 from lance_edge.llama import GgufLlama, LlamaShape, Source
@@ -73,7 +73,7 @@ def export_refiner(
     gguf = base.read_bytes()
     found = hashlib.sha256(gguf).hexdigest()
     if found != description["base_sha256"]:
-        raise ValueError(f"{base} is not the file that {checkpoint} was trained from")
+        raise ExportError(f"{base} is not the file that {checkpoint} was trained from")
     network = GgufLlama(Gguf(memoryview(gguf)))
     categories: list[str] = description["categories"]
     template = Template(**description["template"])

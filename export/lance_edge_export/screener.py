@@ -159,7 +159,8 @@ def counted(operators: Mapping[str, int]) -> str:
 
 def with_taxonomy(found: list[dict[str, Any]], given: Sequence[Any]) -> list[dict[str, Any]]:
     """The checkpoint's categories as a taxonomy file describes them. Raises ExportError."""
-    if not all(isinstance(entry, dict) and isinstance(entry.get("name"), str) for entry in given):
+    keys = ("name", "title", "action")
+    if not all(isinstance(e, dict) and all(isinstance(e.get(k), str) for k in keys) for e in given):
         raise ExportError(
             "a taxonomy is a list of objects, each with a name, a title and an action"
         )

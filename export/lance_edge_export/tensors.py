@@ -94,6 +94,15 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
+def refuse_other_weights(config: Mapping[str, Any], folder: Path) -> None:
+    """Raise ExportError if a config names a weights file: transformers would read that one instead."""
+    if (named := config.get("transformers_weights")) is not None:
+        raise ExportError(
+            f"{folder / 'config.json'} has its weights in {named!r}; name the file {WHOLE} and remove "
+            "the key transformers_weights"
+        )
+
+
 def listed(names: list[str]) -> str:
     """The first few names, and how many more there are."""
     shown = ", ".join(names[:4])
@@ -105,14 +114,14 @@ def weight_files(folder: Path) -> dict[str, set[str] | None]:
 
     Raises ExportError for what is missing, what is pickled, and what leads out of the folder.
     """
+    if (folder / WHOLE).exists():  # before an index, as transformers does
+        return {WHOLE: None}
     if (folder / INDEX).exists():
         places = _weight_map(folder)
         return {
             name: {tensor for tensor, place in places.items() if place == name}
             for name in dict.fromkeys(places.values())
         }
-    if (folder / WHOLE).exists():
-        return {WHOLE: None}
     if pickled := sorted(path.name for path in folder.glob("*.bin")):
         raise ExportError(
             f"{folder} has its weights in {listed(pickled)}: pickled files can run any code and are "
@@ -150,7 +159,15 @@ def read_header(path: Path) -> dict[str, Tensor]:
         header.pop("__metadata__", None)
         data = contents[8 + length :]
         return {name: _tensor(name, entry, data) for name, entry in header.items()}
-    except (OSError, struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (
+        AttributeError,
+        LookupError,
+        OSError,
+        RecursionError,
+        TypeError,
+        ValueError,
+        struct.error,
+    ) as error:
         raise ExportError(
             f"{path} ends early or is no safetensors file ({error}); {_AGAIN}"
         ) from error

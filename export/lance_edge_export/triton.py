@@ -2,7 +2,7 @@
 
     screener   the screener's graph alone (ONNX Runtime back-end): tokens in, latent severities out
     pipeline   prompts to verdicts (Python back-end): what `Pipeline.screen` and `refine` say
-    refiner    the same model, which always refines, in a process and queue of its own
+    refiner    the same model, which refines unless a request says otherwise, in a process and queue of its own
 
 A refiner's decoder keeps a cache from step to step and its rewrites must be read again before they
 are given back, so no model of the repository is the decoder's graph alone.

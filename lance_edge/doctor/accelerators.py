@@ -19,7 +19,7 @@ LAST_CUDA_12 = "1.23.2"  # of onnxruntime-gpu, of those that lance-edge runs on
 # Provider of the x86 wheels, linked to libnvinfer.so.10 (ONNX Runtime #32278).
 PROVIDER, PROVIDER_TENSORRT = "TensorrtExecutionProvider", 10
 
-PLAN = "lance-edge plan --runtime tensorrt"
+PLAN = "lance-edge plan --runtime tensorrt --out plans"
 
 
 def gpu_findings(machine: Machine) -> Iterator[Finding]:

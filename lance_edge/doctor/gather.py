@@ -100,7 +100,11 @@ def memory(root: Path) -> Memory | None:
     limit = _attempt((root / "sys/fs/cgroup/memory.max").read_text)
     if limit and limit.strip().isdigit() and int(limit) < total:
         used = _attempt((root / "sys/fs/cgroup/memory.current").read_text)
-        left = int(limit) - int(used) if used else None
+        # What the page cache holds of it is given back when it is needed.
+        stat = _attempt((root / "sys/fs/cgroup/memory.stat").read_text) or ""
+        cached = re.search(r"^inactive_file (\d+)$", stat, re.MULTILINE)
+        spare = int(cached.group(1)) if cached else 0
+        left = int(limit) - int(used) + spare if used else None
         return Memory(int(limit), left if free is None or left is None else min(left, free))
     return Memory(total, free)
 

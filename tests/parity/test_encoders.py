@@ -41,7 +41,11 @@ from lance_edge_export.to_onnx import export_screener
 from lance_edge_training.checkpoint import new_screener, save_screener
 from lance_edge_training.evaluate import network_session
 
-pytestmark = pytest.mark.train
+pytestmark = [
+    pytest.mark.train,
+    # transformers' own, when it imports DeBERTa and ModernBERT
+    pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
+]
 
 WORDS = tiny.tokenizer()
 VOCABULARY = WORDS.get_vocab_size()

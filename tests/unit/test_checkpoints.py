@@ -438,6 +438,7 @@ def test_an_index_that_leaves_the_folder_is_refused(
 
 @pytest.mark.parametrize("contents", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
 def test_an_index_without_places_is_refused(folder: Path, contents: str) -> None:
+    (folder / WHOLE).unlink()
     (folder / INDEX).write_text(contents)
     assert str(folder / INDEX) in refusal(folder)
 

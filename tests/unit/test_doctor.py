@@ -368,7 +368,7 @@ def test_the_table_shows_facts_findings_and_remedies(monkeypatch: pytest.MonkeyP
     assert "runs on  cpu" in lines
     index = next(i for i, line in enumerate(lines) if "Orin (sm_87) is not used" in line)
     assert lines[index].startswith("advice   ")
-    assert lines[index + 1] == "         -> lance-edge plan --runtime tensorrt"
+    assert lines[index + 1] == "         -> lance-edge plan --runtime tensorrt --out plans"
 
 
 def test_what_is_broken_ends_in_exit_code_3(monkeypatch: pytest.MonkeyPatch) -> None:

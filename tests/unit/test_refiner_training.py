@@ -435,6 +435,28 @@ def test_a_second_look_that_mends_nothing_is_not_taken() -> None:
     assert not ((margin >= choice.low) & (margin <= choice.high)).any()
 
 
+def test_a_gain_must_hold_on_rows_it_was_not_chosen_on() -> None:
+    rows = [
+        *rows_of("plain", False, 100),
+        *rows_of("catqa", True, 200),
+        *rows_of("coconot", False, 200),
+    ]
+    rng = np.random.default_rng(0)
+    margin = rng.uniform(-2, 2, len(rows))
+    first = (margin >= 0).astype(float)[:, None]
+    truth = np.array([[float(example.harmful is True)] for example in rows])
+    noise = rng.integers(0, 2, first.shape).astype(float)
+    limit = np.array([0.5])
+    by_luck = second_look.choose(first, margin, lambda share: noise, limit, rows)
+    assert by_luck.gain > second_look.LEAST_GAIN
+    held = [
+        second_look.held_out_gain(first, margin, lambda share, s=s: s, limit, rows)
+        for s in (noise, truth)
+    ]
+    assert held[0] < by_luck.gain / 2
+    assert held[1] > 0.1
+
+
 def test_both_sides_count_the_same() -> None:
     rows = [*rows_of("catqa", True, 4), *rows_of("coconot", False, 2), *rows_of("plain", False, 3)]
     weight, wanted = second_look.set_weights(second_look.evaluation_sets(rows), len(rows))

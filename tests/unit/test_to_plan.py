@@ -100,7 +100,7 @@ def test_a_folder_with_plans_and_their_record(rtx: Path, tiny_bundle: Path, tmp_
     assert len(entry.graph_sha256) == 64
     assert (entry.bytes, entry.targets) == ((out / entry.file).stat().st_size, ("sm_86",))
     assert entry.file.startswith("screener-rtx-fp16-")
-    assert entry.profiles[0]["ids"] == ((1, 8), (1, 16), (32, 16))
+    assert entry.profiles[0]["ids"] == ((1, 8), (1, 16), (128, 16))
     assert entry.engine is None and entry.not_read_back
     assert entry.network["layers"] == 9  # 8 nodes, and a cast behind the table in fp16
     assert set(entry.build) == {"seconds", "cpu_seconds", "peak_mib"}

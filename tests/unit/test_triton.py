@@ -155,7 +155,9 @@ def test_screening_does_not_load_the_refiner(model: Any) -> None:
     assert model.guard._refiner is None
 
 
-def test_the_model_refiner_always_refines(repository: Path, guard: lance_edge.Pipeline) -> None:
+def test_the_model_refiner_refines_unless_told_otherwise(
+    repository: Path, guard: lance_edge.Pipeline
+) -> None:
     model = fake_triton.start(repository, "refiner", task="refine", device="cpu")
     assert model.guard._refiner is not None  # loaded before the first request
     (response,) = model.execute([request(["bomb", "hello"])])

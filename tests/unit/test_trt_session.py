@@ -197,8 +197,8 @@ def test_a_state_with_several_heads_keeps_each_head_in_its_place(memory: FakeMem
     ("inputs", "message"),
     [
         (
-            prompt(33, 8),
-            r"no profile of the plan has room for ids of \(33, 8\), which may be \(1, 8",
+            prompt(129, 8),
+            r"no profile of the plan has room for ids of \(129, 8\), which may be \(1, 8",
         ),
         (prompt(1, 24), r"no profile of the plan has room for ids of \(1, 24\)"),
         ({"ids": prompt(1, 8)["ids"]}, "differ in mask"),

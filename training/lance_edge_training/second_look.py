@@ -3,13 +3,15 @@
 Through the runtime, on a bundle with its refiner pulled: what is calibrated is what is served.
 On rows that may be trained on of the calibration half, per category slope and intercept are
 fitted as for the first look; the mix of both looks and the band of margins that gets the second
-one are chosen on the whole calibration half, and there is none where it would not pay.
+one are chosen on the whole calibration half, and there is none where it would not pay on rows
+that it was not chosen on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -30,7 +32,8 @@ from lance_edge_training.evaluate import Latents, evaluation_sets, half, truth
 BoolArray = npt.NDArray[np.bool_]
 
 SHARES = (0.2, 0.3, 0.4, 0.5, 0.7, 1.0)  # of the second look, that are tried
-LEAST_GAIN = 0.01
+# Bands that gained 0.02 and 0.03 here gained nothing on the report half (docs/decisions.md).
+LEAST_GAIN = 0.04
 PLAIN_SHARE = 0.15  # of plain benign prompts that may pay for a second look
 
 
@@ -107,22 +110,59 @@ def choose(
 
     second  share -> severities of both looks  [n, C]
     """
-    sets = evaluation_sets(examples)
-    weight, wanted = set_weights(sets, len(examples))
-    plain = np.array(sets["benign/plain"])
-    before = np.any(first >= thresholds, axis=1)
+    plain = np.array(evaluation_sets(examples)["benign/plain"])
     edges = np.unique(np.quantile(margin, np.linspace(0, 1, 101)))
     best = NO_SECOND_LOOK
     for share in SHARES:
-        after = np.any(second(share) >= thresholds, axis=1)
-        mended = weight * ((before != wanted).astype(float) - (after != wanted).astype(float))
+        counts = mended(first, second(share), thresholds, examples)
         for low in edges:
             for high in edges[edges >= low]:
                 inside = (margin >= low) & (margin <= high)
-                gain = float(mended[inside].sum())
+                gain = float(counts[inside].sum())
                 if gain > max(best.gain, LEAST_GAIN) and inside[plain].mean() <= PLAIN_SHARE:
                     best = Choice(share, float(low), float(high), gain)
     return best
+
+
+def held_out_gain(
+    first: FloatArray,
+    margin: FloatArray,
+    second: Callable[[float], FloatArray],
+    thresholds: FloatArray,
+    examples: list[Example],
+) -> float:
+    """What a band chosen on every other row gains on the rows between, and the other way round; the
+    mean of both. Thousands of bands are tried, and the best of them gains on the rows it was
+    chosen on whatever it is worth.
+    """
+    gains = []
+    for start in (0, 1):
+        chosen_on, met = (slice(start, None, 2), slice(1 - start, None, 2))
+        choice = choose(
+            first[chosen_on],
+            margin[chosen_on],
+            partial(_rows_of, second, chosen_on),
+            thresholds,
+            examples[chosen_on],
+        )
+        counts = mended(first[met], second(choice.share)[met], thresholds, examples[met])
+        inside = (margin[met] >= choice.low) & (margin[met] <= choice.high)
+        gains.append(float(counts[inside].sum()))
+    return float(np.mean(gains))
+
+
+def mended(
+    first: FloatArray, second: FloatArray, thresholds: FloatArray, examples: list[Example]
+) -> FloatArray:
+    """What each row adds to the gain if it gets the second severities instead of the first  [n]"""
+    weight, wanted = set_weights(evaluation_sets(examples), len(examples))
+    before, after = (np.any(severity >= thresholds, axis=1) for severity in (first, second))
+    counts: FloatArray = weight * ((before != wanted).astype(float) - (after != wanted))
+    return counts
+
+
+def _rows_of(second: Callable[[float], FloatArray], rows: slice, share: float) -> FloatArray:
+    return second(share)[rows]
 
 
 def set_weights(sets: Mapping[str, list[int]], rows: int) -> tuple[FloatArray, BoolArray]:
@@ -168,13 +208,17 @@ def main(
     allowed &= ~np.isnan(latent.mean).any(1)
     permitted = Latents(latent.mean[allowed], latent.deviation[allowed])
     slope, intercept = fit(permitted, target[allowed], known[allowed])
-    choice = choose(
+    looks = (
         first,
         margins(first, deviation, policy),
         lambda share: mixed(first, latent, slope, intercept, share),
         policy.thresholds,
         examples,
     )
+    choice, held_out = choose(*looks), held_out_gain(*looks)
+    typer.echo(f"{choice}; gain on rows it was not chosen on: {held_out:.4f}")
+    if held_out < LEAST_GAIN:
+        choice = NO_SECOND_LOOK
     look = SecondLook(
         {
             name: Calibration(float(slope[k]), float(intercept[k]), float(policy.thresholds[k]))
@@ -185,7 +229,6 @@ def main(
         choice.share,
     )
     write_json(out, asdict(look))
-    typer.echo(str(choice))
 
 
 if __name__ == "__main__":
