@@ -394,6 +394,46 @@ def test_a_screener_that_lacks_a_file_says_which(name: str, tmp_path: Path) -> N
         read_checkpoint(tmp_path)
 
 
+def test_a_regression_has_no_categories(tmp_path: Path) -> None:
+    folder = write_classifier(tmp_path, problem_type="regression")
+    with pytest.raises(ExportError, match="is a regression"):
+        read_checkpoint(folder)
+
+
+def test_a_window_must_fit_the_encoder(tmp_path: Path) -> None:
+    folder = write_classifier(tmp_path)
+    assert read_checkpoint(folder, window=32).window == 32
+    with pytest.raises(ExportError, match="window of 72 tokens does not fit an encoder for 64"):
+        read_checkpoint(folder, window=72)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r"prompts\.jsonl, line 1: "),
+        ('{"text": "hello"}', r"prompts\.jsonl, record 1, lacks prompt"),
+        ('["hello"]', r"prompts\.jsonl, record 1, lacks an object's braces"),
+    ],
+)
+def test_a_bad_record_is_named(line: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(ExportError, match=message):
+        list(cli.records(path, "prompt"))
+
+
+def test_a_folder_that_is_no_bundle_is_not_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "thesis"
+    out.mkdir()
+    (out / "chapter1.txt").write_text("years of work")
+    folder = write_classifier(tmp_path / "guard")
+    arguments = ["screener", "--checkpoint", str(folder), "--out", str(out)]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 2
+    assert "something else than a bundle" in result.output
+    assert (out / "chapter1.txt").read_text() == "years of work"
+
+
 def test_a_taxonomy_must_fit() -> None:
     found = [{"name": name, "title": name, "action": "block"} for name in "ab"]
     given = [{"name": name, "title": name.upper(), "action": "review"} for name in "ba"]

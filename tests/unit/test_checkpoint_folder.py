@@ -119,3 +119,17 @@ def test_the_links_of_the_hugging_face_cache_are_followed(tmp_path: Path) -> Non
     (snapshot / "tokenizer.json").symlink_to("../../secret")
     with pytest.raises(ExportError, match="leaves its folder"):
         inside(snapshot, "tokenizer.json")
+
+
+def test_a_config_may_not_name_other_weights(folder: Path) -> None:
+    config = {"model_type": "bert", "transformers_weights": "../outside/model.safetensors"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ExportError, match=r"weights in '\.\./outside/model\.safetensors'"):
+        read_config(folder)
+
+
+def test_an_index_does_not_hide_the_whole_file(folder: Path) -> None:
+    """transformers reads the whole file where there are both, so that is the one to check."""
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "1.safetensors"}}')
+    (folder / "1.safetensors").write_bytes(b"")
+    assert list(weight_files(folder)) == ["model.safetensors"]
