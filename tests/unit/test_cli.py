@@ -723,7 +723,7 @@ def test_the_toolchain_is_imported_only_when_it_is_called_for() -> None:
 
 def test_a_missing_extra_is_named(tmp_path: Path) -> None:
     code = (
-        "import sys; sys.modules['onnx'] = None\n"
+        "import sys; sys.modules['torch'] = None\n"
         f"sys.argv = ['lance-edge', 'export', 'screener', '--checkpoint', {str(tmp_path)!r},\n"
         f"            '--out', {str(tmp_path / 'out')!r}, '--prompts', {str(tmp_path / 'p.jsonl')!r}]\n"
         "from lance_edge.cli import main\n"
@@ -731,4 +731,4 @@ def test_a_missing_extra_is_named(tmp_path: Path) -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 3
-    assert result.stderr == "lance-edge: onnx is not installed; install `lance-edge[export]`\n"
+    assert result.stderr == "lance-edge: torch is not installed; install `lance-edge[export]`\n"
