@@ -19,7 +19,7 @@ from environment import environment, save
 from lance_edge.screener import distribution
 from lance_edge.tokenizer import Tokenizer
 from lance_edge_training.checkpoint import load_screener
-from lance_edge_training.data import load_examples, read_rows
+from lance_edge_training.data import development_examples, read_rows
 from lance_edge_training.evaluate import half, latents, positive, torch_session, truth
 from lance_edge_training.metrics import DISTRIBUTION_MEASURES, bootstrap, calibration_error
 
@@ -44,7 +44,7 @@ def main(
         [[[rater.get(name, 0.0) for name in categories] for rater in row["raters"]] for row in rows]
     ).mean(1)
     target = np.stack([distribution(severity) for severity in raters])
-    dev = [e for e in load_examples(data, "dev", categories) if half(e) == "report"]
+    dev = [e for e in development_examples(data, categories) if half(e) == "report"]
     dev = random.Random(3).sample(dev, min(DEV_PROMPTS, len(dev)))
     result: dict[str, Any] = {"benchmark": "ablation", "prompts": len(rows), "settings": {}}
     for setting in SETTINGS:

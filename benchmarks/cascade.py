@@ -18,7 +18,7 @@ from quality import category_metrics, rates
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 import lance_edge
-from lance_edge_training.data import Example, load_examples
+from lance_edge_training.data import Example, development_examples
 from lance_edge_training.evaluate import evaluation_sets, half
 from lance_edge_training.metrics import recall_at
 from lance_edge_training.second_look import both, margins, mixed
@@ -37,7 +37,7 @@ def main(
         policy, look, refiner = guard.policy, guard.second_look, guard.refiner
         assert look is not None
         names = list(policy.categories)
-        examples = [e for e in load_examples(data, "dev", names) if half(e) == "report"]
+        examples = [e for e in development_examples(data, names) if half(e) == "report"]
         if sample is not None:
             examples = random.Random(5).sample(examples, sample)
         plain = [examples[i].prompt for i in evaluation_sets(examples)["benign/plain"]]

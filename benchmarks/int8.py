@@ -14,7 +14,7 @@ from environment import environment, save
 from sklearn.metrics import average_precision_score
 
 import lance_edge
-from lance_edge_training.data import Example, load_examples
+from lance_edge_training.data import Example, development_examples
 from lance_edge_training.evaluate import positive, truth
 
 
@@ -29,7 +29,7 @@ def main(
         "int8": lance_edge.load(int8, device="cpu"),
     }
     categories = list(guards["fp32"].policy.categories)
-    examples = load_examples(data, "dev", categories)
+    examples = development_examples(data, categories)
     severity, flagged = {}, {}
     for name, guard in guards.items():
         verdicts = guard.screen_many([example.prompt for example in examples])

@@ -15,7 +15,7 @@ from environment import environment, save
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 import lance_edge
-from lance_edge_training.data import Example, load_examples
+from lance_edge_training.data import Example, development_examples
 from lance_edge_training.evaluate import evaluation_sets, half, positive, truth
 from lance_edge_training.metrics import calibration_error, recall_at
 
@@ -28,7 +28,7 @@ def main(
     """Measure and write benchmarks/results/NAME.json."""
     guard = lance_edge.load(bundle, device="cpu")
     categories = list(guard.policy.categories)
-    examples = [e for e in load_examples(data, "dev", categories) if half(e) == "report"]
+    examples = [e for e in development_examples(data, categories) if half(e) == "report"]
     verdicts = guard.screen_many([example.prompt for example in examples])
     severity = np.array([list(verdict.severity.values()) for verdict in verdicts])
     flagged = np.array([bool(verdict.flagged) for verdict in verdicts])

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from lance_edge_engines.external import Malformed, tensors_in_files
 from lance_edge_engines.session import (
     PAST,
     PRESENT,
@@ -143,6 +144,7 @@ def _open(
 ) -> OrtSession:
     if reason := why_not(device):
         raise DeviceUnavailable(reason)
+    _check_reads_no_files(graph, weights or {})
     runtime = _import()
     if device == "cuda" and hasattr(runtime, "preload_dlls"):
         # CUDA libraries that pip installed are on no search path. What fails is printed.
@@ -166,6 +168,18 @@ def _open(
     if session.get_providers()[0] != PROVIDERS[device]:
         raise DeviceUnavailable(f"ONNX Runtime could not start {PROVIDERS[device]} on this machine")
     return OrtSession(session, device, held)
+
+
+def _check_reads_no_files(graph: bytes, weights: Mapping[str, Array]) -> None:
+    """Raises SessionError if a tensor lies in a file and is not given."""
+    try:
+        initializers, others = tensors_in_files(graph)
+    except Malformed as error:
+        raise SessionError(f"cannot load the graph: it is no ONNX model ({error})") from error
+    missing = sorted(initializers - set(weights))
+    if missing or others:
+        named = f"its tensor {missing[0]!r}" if missing else "a tensor inside of it"
+        raise SessionError(f"cannot load the graph: {named} lies in a file, and it may read none")
 
 
 def _import() -> ModuleType:

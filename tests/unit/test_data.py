@@ -23,10 +23,11 @@ from lance_edge_training.data import (
     Example,
     binarise,
     coarse_view,
-    load_examples,
+    development_examples,
     pair_examples,
     prompt_example,
     read_rows,
+    training_examples,
 )
 
 pytestmark = pytest.mark.train
@@ -53,7 +54,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_training_reads_only_rows_whose_licence_allows_it(folder: Path) -> None:
-    examples = load_examples(folder, "train", CATEGORIES)
+    examples = training_examples([folder], CATEGORIES)
     assert [example.prompt for example in examples] == ["bomb", "the bomb", "the cake"]
 
 
@@ -64,11 +65,25 @@ def test_only_a_plain_true_allows_training(tmp_path: Path, may_train: object) ->
         train=[prompt_row("bomb", may_train=may_train)],
         pairs=[pair_row("spy", "cake", may_train=may_train)],
     )
-    assert load_examples(tmp_path, "train", CATEGORIES) == []
+    assert training_examples([tmp_path], CATEGORIES) == []
+
+
+def test_several_folders_are_read_in_turn_gzipped_or_not(folder: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    row = prompt_row("the spy", severity={"privacy": 0.7}, spans=["spy"], group="g1")
+    write_text(own / "prompts" / "train.jsonl", json.dumps(row) + "\n")  # it has no pairs
+    examples = training_examples([folder, own], CATEGORIES)
+    assert [example.prompt for example in examples] == ["bomb", "the bomb", "the cake", "the spy"]
+    assert (examples[-1].spans, examples[-1].group) == (("spy",), "g1")
+
+
+def test_a_folder_without_development_rows_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"prompts/dev\.jsonl\.gz"):
+        development_examples(tmp_path, CATEGORIES)
 
 
 def test_development_reads_every_row_and_no_rewrites(folder: Path) -> None:
-    examples = load_examples(folder, "dev", CATEGORIES)
+    examples = development_examples(folder, CATEGORIES)
     assert [example.prompt for example in examples] == ["minor", "the spy"]
 
 

@@ -22,6 +22,7 @@ import lance_edge
 from lance_edge.bundle import file_entry, open_bundle
 from lance_edge.errors import BundleCorrupt, BundleError
 from lance_edge_engines import SessionError, open_session
+from lance_edge_engines.external import HOLDS
 
 SECRET = np.arange(4, dtype=np.float32)
 
@@ -78,6 +79,34 @@ def test_a_graph_reads_no_files(here: Path, location: str) -> None:
 def test_nor_by_an_absolute_path(here: Path) -> None:
     with pytest.raises(SessionError, match="cannot load the graph"):
         open_session(graph(str(here.parent / "secret.bin")), "cpu")
+
+
+def test_nor_for_a_tensor_inside_a_node(here: Path) -> None:
+    model = onnx.load_from_string(graph())
+    (weight,) = onnx.load_from_string(graph("local.bin")).graph.initializer
+    del model.graph.initializer[:]
+    model.graph.node.insert(0, helper.make_node("Constant", [], ["w"], value=weight))
+    with pytest.raises(SessionError, match="a tensor inside of it lies in a file"):
+        open_session(model.SerializeToString(), "cpu", weights={"w": SECRET})
+
+
+def test_every_place_of_a_tensor_is_known() -> None:
+    """The fields that lead to tensors, against those of the installed onnx."""
+    holds = {kind: dict(fields) for kind, fields in HOLDS.items()}
+    for kind, fields in holds.items():
+        declared = getattr(onnx, f"{kind}Proto").DESCRIPTOR.fields
+        assert fields == {
+            field.number: field.message_type.name.removesuffix("Proto")
+            for field in declared
+            if field.message_type
+            and field.message_type.name.removesuffix("Proto") in (*holds, "Tensor")
+        }
+
+
+@pytest.mark.parametrize("garbage", [b"\xff" * 12, b"\x3b\x00", b"\x3a\x7f\x00", b"\x0a"])
+def test_what_is_no_model_is_refused(garbage: bytes) -> None:
+    with pytest.raises(SessionError, match="cannot load the graph"):
+        open_session(garbage, "cpu")
 
 
 def test_external_data_must_be_given(here: Path) -> None:

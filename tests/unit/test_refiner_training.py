@@ -136,7 +136,7 @@ def checkpoint(
 
 
 def corpus(data: Path, seed: int = 1, prompt_share: float = 1.0) -> RecordCorpus:
-    pairs, prompts = load_records(data, CATEGORIES)
+    pairs, prompts = load_records([data], CATEGORIES)
     composer = Composer(
         tiny_refiner.TEMPLATES, CATEGORIES, [0.5] * len(CATEGORIES), tiny_refiner.language()
     )
@@ -173,7 +173,7 @@ def test_int8_factors_have_the_delta_s_product() -> None:
 
 
 def test_records_that_may_not_be_trained_on_are_left_out(data: Path) -> None:
-    pairs, prompts = load_records(data, CATEGORIES)
+    pairs, prompts = load_records([data], CATEGORIES)
     assert [record.refined for record in pairs] == [
         f"hello cake {n} and the cake" for n in range(10)
     ]

@@ -30,7 +30,7 @@ from lance_edge.tokenizer import Tokenizer
 from lance_edge_training import calibrate
 from lance_edge_training import screener as trainer
 from lance_edge_training.checkpoint import load_screener, new_screener
-from lance_edge_training.data import Batch, Example, load_examples
+from lance_edge_training.data import Batch, Example, development_examples
 from lance_edge_training.evaluate import Latents, half, latents, torch_session, truth
 from lance_edge_training.model import MIN_DEVIATION, Enhancer, Head, Posterior, Reading, Screener
 from lance_edge_training.objective import Weights, plain_terms, total, variational_terms
@@ -353,7 +353,7 @@ def test_the_binary_ablation_sees_no_severities(
     train: Train, data: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     settings = trainer.Settings(supervision="binary")
-    examples = trainer.training_examples(data, CATEGORIES, settings)
+    examples = trainer.dealt_examples([data], CATEGORIES, settings)
     assert {example.severity is None for example in examples} == {True}
     seen: list[Batch] = []
     step = trainer.Trainer.train_step
@@ -377,7 +377,7 @@ def test_unknown_ablations_are_refused(train: Train, tmp_path: Path, option: Any
 
 def test_fewer_rows_are_drawn_with_the_seed(data: Path) -> None:
     def drawn(seed: int) -> list[Example]:
-        return trainer.training_examples(data, CATEGORIES, trainer.Settings(rows=10, seed=seed))
+        return trainer.dealt_examples([data], CATEGORIES, trainer.Settings(rows=10, seed=seed))
 
     assert len(drawn(1)) == 10
     assert drawn(1) == drawn(1) != drawn(2)
@@ -494,7 +494,7 @@ def test_calibrate_fits_and_writes_the_calibration(
     for name, item in zip(CATEGORIES, items, strict=True):
         assert f"{name}  {item.threshold:.3f}" in result.output
 
-    examples = [e for e in load_examples(data, "dev", CATEGORIES) if half(e) == "calibration"]
+    examples = [e for e in development_examples(data, CATEGORIES) if half(e) == "calibration"]
     latent = latents(session_of(checkpoint), words_of(checkpoint), [e.prompt for e in examples])
     target, known = truth(examples, CATEGORIES)
     slope = np.array([item.slope for item in items])

@@ -18,7 +18,7 @@ import typer
 from lance_edge.screener import FloatArray
 from lance_edge.tokenizer import Tokenizer
 from lance_edge_training.checkpoint import load_screener, write_json
-from lance_edge_training.data import Example, load_examples
+from lance_edge_training.data import Example, development_examples
 from lance_edge_training.evaluate import (
     Latents,
     evaluation_sets,
@@ -111,7 +111,7 @@ def main(
     tokenizer = Tokenizer(
         (checkpoint / "tokenizer.json").read_bytes(), description["window"], description["overlap"]
     )
-    examples = [e for e in load_examples(data, "dev", categories) if half(e) == "calibration"]
+    examples = [e for e in development_examples(data, categories) if half(e) == "calibration"]
     latent = latents(torch_session(screener), tokenizer, [example.prompt for example in examples])
     target, known = truth(examples, categories)
     allowed = np.array([example.may_train for example in examples])

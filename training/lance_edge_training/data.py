@@ -93,6 +93,8 @@ def prompt_example(row: dict[str, Any], categories: Sequence[str]) -> Example:
         labels,
         severity,
         harmful,
+        tuple(row.get("spans", ())),
+        row.get("group"),
         may_train=row["may_train"] is True,
     )
 
@@ -117,22 +119,41 @@ def pair_examples(row: dict[str, Any], categories: Sequence[str]) -> list[Exampl
     return [prompt, Example(row["refined"], row["source"], "refined", benign, None, False)]
 
 
-def load_examples(
-    folder: Path, split: Literal["train", "dev"], categories: Sequence[str]
-) -> list[Example]:
-    """All examples of a split; of the training split, only rows whose licence allows training."""
-    prompts = read_rows(folder / "prompts" / f"{split}.jsonl.gz")
-    pairs = read_rows(folder / "pairs" / ("train.jsonl" if split == "train" else "test.jsonl"))
-    examples = [
-        prompt_example(row, categories)
-        for row in prompts
-        if split == "dev" or row["may_train"] is True
-    ]
-    for row in pairs:
-        if split == "dev":
-            examples.append(pair_examples(row, categories)[0])
-        elif row["may_train"] is True:
-            examples.extend(pair_examples(row, categories))
+def split_rows(
+    folder: Path, kind: Literal["prompts", "pairs"], split: Literal["train", "dev", "test"]
+) -> Iterator[dict[str, Any]]:
+    """Rows of FOLDER/kind/split.jsonl, gzipped (.gz) or not; none if there is no such file.
+
+    Of the training split only rows whose licence allows training.
+    """
+    for path in (folder / kind / f"{split}.jsonl.gz", folder / kind / f"{split}.jsonl"):
+        if path.exists():
+            for row in read_rows(path):
+                if split != "train" or row["may_train"] is True:
+                    yield row
+
+
+def training_examples(folders: Sequence[Path], categories: Sequence[str]) -> list[Example]:
+    """All examples that may be trained on: of each folder its prompts, then its pairs."""
+    examples = []
+    for folder in folders:
+        prompts = split_rows(folder, "prompts", "train")
+        examples += [prompt_example(row, categories) for row in prompts]
+        for row in split_rows(folder, "pairs", "train"):
+            examples += pair_examples(row, categories)
+    return examples
+
+
+def development_examples(folder: Path, categories: Sequence[str]) -> list[Example]:
+    """All examples of the development data; of a pair, its prompt alone.
+
+    Raises ValueError if there are none.
+    """
+    prompts = [prompt_example(row, categories) for row in split_rows(folder, "prompts", "dev")]
+    pairs = split_rows(folder, "pairs", "test")
+    examples = prompts + [pair_examples(row, categories)[0] for row in pairs]
+    if not examples:
+        raise ValueError(f"{folder} has no rows in prompts/dev.jsonl.gz or pairs/test.jsonl")
     return examples
 
 

@@ -27,7 +27,7 @@ from lance_edge_training.data import (
     label_tensors,
     pair_examples,
     prompt_example,
-    read_rows,
+    split_rows,
 )
 
 LEAST_SEVERITY = 0.3  # of a category that a record's critique speaks of
@@ -50,24 +50,25 @@ class Record:
     labels: Labels | None = None
 
 
-def load_records(folder: Path, categories: Sequence[str]) -> tuple[list[Record], list[Record]]:
+def load_records(
+    folders: Sequence[Path], categories: Sequence[str]
+) -> tuple[list[Record], list[Record]]:
     """Training rows whose licence allows it: refinement pairs, and prompts for the second look.
 
     A pair's rewrite stands among the prompts too, as the benign twin of its hazardous prompt.
     """
     pairs, prompts = [], []
-    for row in read_rows(folder / "pairs" / "train.jsonl"):
-        if row["may_train"] is not True:
-            continue
-        prompt, *twin = pair_examples(row, categories)
-        if row["action"] == "rewrite":
-            pairs.append(Record(prompt, row["gradient"], row["refined"]))
-        else:
-            prompts.append(Record(prompt, {}, None))
-        prompts += [Record(example, {}, None) for example in twin]
-    for row in read_rows(folder / "prompts" / "train.jsonl.gz"):
-        if row["may_train"] is True and row.get("severity") is not None:
-            prompts.append(Record(prompt_example(row, categories), {}, None))
+    for folder in folders:
+        for row in split_rows(folder, "pairs", "train"):
+            prompt, *twin = pair_examples(row, categories)
+            if row["action"] == "rewrite":
+                pairs.append(Record(prompt, row["gradient"], row["refined"]))
+            else:
+                prompts.append(Record(prompt, {}, None))
+            prompts += [Record(example, {}, None) for example in twin]
+        for row in split_rows(folder, "prompts", "train"):
+            if row.get("severity") is not None:
+                prompts.append(Record(prompt_example(row, categories), {}, None))
     return pairs, prompts
 
 

@@ -247,7 +247,9 @@ def first_looks(records: list[Record], pipeline: lance_edge.Pipeline) -> list[Re
 
 def main(
     base: Annotated[Path, typer.Option(help="GGUF file of the base language model.")],
-    data: Annotated[Path, typer.Option(help="Folder with prompts/ and pairs/.")],
+    data: Annotated[
+        list[Path], typer.Option(help="Folder with prompts/ and pairs/; may be given repeatedly.")
+    ],
     out: Annotated[Path, typer.Option(help="Where the checkpoint goes.")],
     bundle: Annotated[
         Path | None, typer.Option(help="Bundle whose first look and gradients it learns from.")
@@ -287,7 +289,8 @@ def main(
             pipeline.bundle.gradients(), categories, pipeline.policy.thresholds.tolist(), tokenizer
         )
     if not pairs:
-        raise typer.BadParameter(f"{data} has no pairs that may be trained on")
+        folders = ", ".join(map(str, data))
+        raise typer.BadParameter(f"{folders}: no pairs that may be trained on")
     corpus = RecordCorpus(
         pairs,
         prompts,

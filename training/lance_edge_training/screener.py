@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +20,14 @@ from tqdm import tqdm
 
 from lance_edge.tokenizer import Tokenizer
 from lance_edge_training.checkpoint import new_screener, save_screener
-from lance_edge_training.data import Batch, Corpus, Example, Supervision, binarise, load_examples
+from lance_edge_training.data import (
+    Batch,
+    Corpus,
+    Example,
+    Supervision,
+    binarise,
+    training_examples,
+)
 from lance_edge_training.model import Enhancer, HeadKind, Screener
 from lance_edge_training.objective import Weights, plain_terms, total, variational_terms
 from lance_edge_training.schedule import warm_then_linear
@@ -36,7 +44,7 @@ class Settings:
     epochs: int = 4
     rows: int | None = None  # train on this many rows only, drawn with the seed
     tokens_per_batch: int = 2048
-    easy_share: float = 0.4  # of the coarse benign rows, in each epoch
+    easy_share: float = 0.25  # of the coarse benign rows, in each epoch
     encoder_rate: float = 1.5e-4
     head_rate: float = 1e-3
     warmup: float = 0.06  # share of all steps
@@ -160,9 +168,11 @@ class Trainer:
         self.schedule.load_state_dict(state["schedule"])
 
 
-def training_examples(data: Path, categories: list[str], settings: Settings) -> list[Example]:
-    """The rows that a run trains on."""
-    examples = load_examples(data, "train", categories)
+def dealt_examples(
+    data: Sequence[Path], categories: list[str], settings: Settings
+) -> list[Example]:
+    """The examples that a run trains on."""
+    examples = training_examples(data, categories)
     if settings.supervision == "binary":
         examples = [binarise(example, categories) for example in examples]
     if settings.rows is not None and settings.rows < len(examples):
@@ -180,7 +190,9 @@ def has_bf16(device: str) -> bool:
 
 def main(
     encoder: Annotated[Path, typer.Option(help="Hugging Face folder of the pretrained encoder.")],
-    data: Annotated[Path, typer.Option(help="Folder with prompts/ and pairs/.")],
+    data: Annotated[
+        list[Path], typer.Option(help="Folder with prompts/ and pairs/; may be given repeatedly.")
+    ],
     out: Annotated[Path, typer.Option(help="Where the checkpoint goes.")],
     taxonomy: Annotated[Path, typer.Option()] = DEFAULT_TAXONOMY,
     head: Annotated[str, typer.Option(help="variational or plain")] = "variational",
@@ -199,9 +211,10 @@ def main(
     categories = [entry["name"] for entry in entries]
     serialized = encoder / "tokenizer.json"
     tokenizer = Tokenizer(serialized.read_bytes(), settings.window, settings.overlap)
-    examples = training_examples(data, categories, settings)
+    examples = dealt_examples(data, categories, settings)
     if not examples:
-        raise typer.BadParameter(f"{data} has no rows that may be trained on")
+        folders = ", ".join(map(str, data))
+        raise typer.BadParameter(f"{folders}: no rows that may be trained on")
     torch.manual_seed(settings.seed)
     corpus = Corpus(
         examples,

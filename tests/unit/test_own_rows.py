@@ -1,0 +1,67 @@
+"""The project's own training rows hold together."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "training" / "data"
+pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="needs the repository, not the wheel")
+
+
+def read(kind: str) -> list[dict[str, Any]]:
+    lines = (FOLDER / kind / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, Any]]:
+    return read("prompts") + read("pairs")
+
+
+def test_ids_and_prompts_are_unique(rows: list[dict[str, Any]]) -> None:
+    assert len({row["id"] for row in rows}) == len(rows) > 3000
+    assert len({" ".join(row["prompt"].lower().split()) for row in rows}) == len(rows)
+
+
+def test_severities_are_of_the_default_taxonomy(rows: list[dict[str, Any]]) -> None:
+    taxonomy = FOLDER.parent / "lance_edge_training" / "default_taxonomy.json"
+    known = {entry["name"] for entry in json.loads(taxonomy.read_text(encoding="utf-8"))}
+    for row in rows:
+        assert set(row["severity"]) <= known, row["id"]
+        assert all(0 < severity <= 1 for severity in row["severity"].values()), row["id"]
+
+
+def test_spans_are_in_their_prompts_and_mark_what_is_hazardous(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        assert all(span in row["prompt"] for span in row["spans"]), row["id"]
+        hazardous = max(row["severity"].values(), default=0) > 0.2
+        assert bool(row["spans"]) == hazardous == (row["kind"] != "hard_benign"), row["id"]
+
+
+def test_nearly_every_group_has_both_sides(rows: list[dict[str, Any]]) -> None:
+    """Four lost a twin that was near to a held-out prompt."""
+    sides = defaultdict(set)
+    for row in rows:
+        sides[row["group"]].add(row["kind"] == "hard_benign")
+    alone = [group for group, found in sides.items() if len(found) < 2]
+    assert len(alone) <= 4, alone
+
+
+def test_pairs_turn_their_spans_and_keep_the_rest() -> None:
+    for row in read("pairs"):
+        if row["action"] == "keep":
+            assert row["refined"] == row["prompt"], row["id"]
+            continue
+        strong = {name for name, severity in row["severity"].items() if severity >= 0.3}
+        assert set(row["gradient"]) == strong, row["id"]
+        assert row["refined"].strip(), row["id"]
+        assert not any(span in row["refined"] for span in row["spans"]), row["id"]
+
+
+def test_every_row_may_be_trained_on_and_is_ours(rows: list[dict[str, Any]]) -> None:
+    assert {(row["source"], row["may_train"]) for row in rows} == {("own", True)}
