@@ -372,12 +372,13 @@ def doctor(
     output_format: Annotated[
         Literal["table", "json"], typer.Option("--format", help="How it is written.")
     ] = "table",
+    public_key: PublicKeyOption = None,
 ) -> int:
     """Show what this machine has, what works on it, and how to mend what does not (exit code 3)."""
     from lance_edge.doctor.gather import gather
     from lance_edge.doctor.judge import findings, works
 
-    machine = gather(bundle)
+    machine = gather(bundle, public_key)
     found = findings(machine)
     if output_format == "json":
         values = {

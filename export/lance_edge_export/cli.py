@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from lance_edge.bundle import Bundle, Templates
-from lance_edge.cli import exits
+from lance_edge.cli import PublicKeyOption, exits
 
 TRAINED = "refiner.json"  # in a folder that the refiner's trainer wrote
 PARITY_PAIRS = 64  # whose next tokens the refiner's stages are compared on
@@ -149,6 +149,7 @@ def refiner(
     least_kept: Annotated[
         float, typer.Option(help="Share of harmless words that a rewrite must keep.")
     ] = 0.4,
+    public_key: PublicKeyOption = None,
 ) -> int:
     """Export a refiner into a copy of a bundle, each stage compared with the one before.
 
@@ -175,7 +176,7 @@ def refiner(
             f"{checkpoint} has no {TRAINED}, so it was not trained from --base; leave that out"
         )
     check_replaceable(out, is_bundle(out), "a bundle")
-    opened = open_bundle(bundle)
+    opened = open_bundle(bundle, public_key)
     templates, written = read_gradients(opened, gradients)
     samples = read_samples(opened, templates, pairs)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -196,7 +197,7 @@ def refiner(
                 Path(workspace),
             )
         typer.echo(f"{exported.parity}")
-        add_refiner(bundle, out, version or opened.manifest.version, exported, written)
+        add_refiner(opened, out, version or opened.manifest.version, exported, written)
     typer.echo(f"wrote {out}")
     return 0
 

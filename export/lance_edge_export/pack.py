@@ -82,13 +82,12 @@ def write_bundle(
 
 
 def add_refiner(
-    bundle: Path, out: Path, version: str, exported: RefinerFiles, gradients: bytes
+    bundle: Bundle, out: Path, version: str, exported: RefinerFiles, gradients: bytes
 ) -> None:
     """Write a bundle's copy with a refiner in it next to `out`, and move it there when it is whole."""
-    opened = open_bundle(bundle)
-    before = opened.manifest
+    before = bundle.manifest
     replaced = refiner_files(before.refiner) - set(exported.files)
-    files = {name: opened.read(name) for name in before.files if name not in replaced}
+    files = {name: bundle.read(name) for name in before.files if name not in replaced}
     files |= {GRADIENTS: gradients, **exported.files}
     measured = {k: v for k, v in before.parity.items() if not k.startswith("refiner ")}
     manifest = replace(

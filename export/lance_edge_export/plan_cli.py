@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from lance_edge.cli import exits
+from lance_edge.cli import PublicKeyOption, exits
 from lance_edge.errors import InvalidOption
 from lance_edge.report import Steps
 
@@ -70,6 +70,7 @@ def plan(
         ),
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    public_key: PublicKeyOption = None,
 ) -> int:
     """Build TensorRT plans of the screener and the refiner, which `tensorrt` or `tensorrt_rtx` run."""
     from lance_edge.bundle import open_bundle
@@ -86,7 +87,7 @@ def plan(
         version_compatible,
         hardware_compatible,
     )
-    opened = open_bundle(bundle)
+    opened = open_bundle(bundle, public_key)
     parts = PARTS if only is None else (only,)
     steps = Steps(sys.stderr, enabled=not quiet)
     try:

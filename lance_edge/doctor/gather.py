@@ -40,7 +40,7 @@ INSTRUCTIONS = {
 }
 
 
-def gather(bundle: Path | None = None) -> Machine:
+def gather(bundle: Path | None = None, public_key: Path | None = None) -> Machine:
     """All facts about this machine, and about a bundle: the installed one if none is given."""
     root = Path("/")
     cache = _attempt(_cache_folder)
@@ -61,7 +61,7 @@ def gather(bundle: Path | None = None) -> Machine:
         jetson=_attempt(jetson, root, output_of),
         cache="none" if cache is None else str(cache),
         cache_free_bytes=_attempt(free_bytes, cache),
-        bundle=bundle_state(bundle),
+        bundle=bundle_state(bundle, public_key),
     )
 
 
@@ -202,14 +202,15 @@ def free_bytes(folder: Path) -> int | None:
     return shutil.disk_usage(there).free
 
 
-def bundle_state(path: Path | None) -> BundleState:
-    """Whether every file of a bundle, and its refiner's weights, have the hashes they should."""
+def bundle_state(path: Path | None, public_key: Path | None = None) -> BundleState:
+    """Whether every file of a bundle, and its refiner's weights, have the hashes they should, and is
+    signed by a key's owner if one is given."""
     from lance_edge.bundle import default_bundle, open_bundle
     from lance_edge.errors import LanceError
 
     place = str(path or default_bundle())
     try:
-        bundle = open_bundle(path)
+        bundle = open_bundle(path, public_key)
         bundle.verify()
     except (LanceError, OSError) as error:
         return BundleState(place, fault=str(error))

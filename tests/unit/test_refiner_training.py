@@ -358,7 +358,7 @@ def refined_bundle(
         )
     out = tmp_path_factory.mktemp("exported") / "bundle"
     gradients = (bundle / "gradients.json").read_bytes()
-    add_refiner(bundle, out, "2", exported, gradients)
+    add_refiner(open_bundle(bundle), out, "2", exported, gradients)
     return out
 
 

@@ -260,6 +260,31 @@ def test_every_command_that_reads_a_bundle_checks_it(
         assert f"lance-edge: {tiny_bundle} is not signed" in given.stderr
 
 
+@pytest.mark.parametrize("tool", ["plan", "export refiner", "pack"])
+def test_every_tool_that_reads_a_bundle_checks_it(
+    tiny_bundle: Path, key: Key, tmp_path: Path, tool: str
+) -> None:
+    out = tmp_path / "out"
+    command: dict[str, tuple[str | Path, ...]] = {
+        "plan": ("plan", tiny_bundle, "--runtime", "rtx", "--out", out),
+        "export refiner": (
+            *("export", "refiner", "--checkpoint", tmp_path),
+            *("--bundle", tiny_bundle, "--out", out),
+        ),
+        "pack": ("pack", tiny_bundle, "--out", out),
+    }
+    done = invoke(*command[tool], LANCE_EDGE_PUBLIC_KEY=str(key[1]))
+    assert done.exit_code == 3, done.output
+    assert f"lance-edge: {tiny_bundle} is not signed" in done.stderr
+    assert not out.exists()
+
+
+def test_the_doctor_says_that_a_bundle_is_not_signed(tiny_bundle: Path, key: Key) -> None:
+    done = invoke("doctor", "--bundle", tiny_bundle, "--public-key", key[1])
+    assert done.exit_code == 3
+    assert f"{tiny_bundle} is not signed" in done.stdout
+
+
 def test_verify_says_who_signed(signed: Path, key: Key) -> None:
     done = invoke("verify", "--bundle", signed, "--public-key", key[1])
     assert done.exit_code == 0
