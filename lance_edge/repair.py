@@ -21,6 +21,12 @@ BROKEN = "\ufffd"  # what is left of bytes that are no UTF-8
 LONGEST_REPEAT = 4  # words in a phrase that may not stand three times
 
 _WORD = re.compile(r"\w+(?:['\u2019-]\w+)*")
+# What a model says that declines to answer; people say "I can't sleep", and that may stay.
+_REFUSAL = re.compile(
+    r"\bas an AI\b|\bI(?: am|['\u2019]m) (?:sorry,? (?:but )?I|unable to|not able to)"
+    r"|\bI (?:can ?not|can['\u2019]t|won['\u2019]t) (?:fulfil|assist|help you|comply|provide|answer)",
+    re.IGNORECASE,
+)
 _PIECE = re.compile(r"\s+|\w+(?:['\u2019-]\w+)*|[^\w\s]")
 
 
@@ -109,6 +115,8 @@ def problem(
         return f"it repeats {phrase!r}"
     if BROKEN in rewrite and BROKEN not in prompt:
         return "it holds half a character"
+    if refuses(rewrite) and not refuses(prompt):
+        return "it refuses instead of rewriting"
     if rewrite.strip() in (text.strip() for text in read_before):
         return "it changes nothing"
     outside = words_outside(prompt, [word for item in gradients for word in item.elements])
@@ -148,6 +156,11 @@ def common_length(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
         matched = open_ & places.get(word, 0)
         open_ = ((open_ + matched) | (open_ - matched)) & every
     return len(a) - open_.bit_count()
+
+
+def refuses(text: str) -> bool:
+    """Whether a text holds a phrase with which models decline to answer."""
+    return _REFUSAL.search(text) is not None
 
 
 def repeated(rewrite: str, prompt: str) -> str | None:

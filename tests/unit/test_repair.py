@@ -19,6 +19,7 @@ from lance_edge.repair import (
     diff,
     kept_in_order,
     problem,
+    refuses,
     repair,
     repeated,
     words,
@@ -168,6 +169,34 @@ def test_a_prompt_may_be_repeated_as_often_as_it_repeats() -> None:
 @pytest.mark.parametrize("rewrite", [PROMPT, f"  {PROMPT}\n"])
 def test_problem_changes_nothing(rewrite: str) -> None:
     assert why_not(rewrite) == "it changes nothing"
+
+
+@pytest.mark.parametrize(
+    "phrase",
+    [
+        "I cannot fulfill this request.",
+        "I'm sorry, but I can't help you with that.",
+        "As an AI, I have no opinion.",
+        "I am unable to answer.",
+        "Sorry, I won\u2019t assist with this.",
+    ],
+)
+def test_problem_refuses(phrase: str) -> None:
+    assert why_not(f"{SAFE} {phrase}") == "it refuses instead of rewriting"
+    assert refuses(phrase)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["I can't sleep and I'm sorry about that.", "What can't be helped?", "He won't answer me."],
+)
+def test_people_may_say_what_they_cannot_do(text: str) -> None:
+    assert why_not(f"{SAFE} {text}") is None
+
+
+def test_a_prompt_about_refusals_may_keep_them() -> None:
+    prompt = f'{PROMPT} The model said "I cannot fulfill this request".'
+    assert why_not(prompt.replace("a bomb", "a radio"), prompt) is None
 
 
 def test_problem_loses_harmless_parts() -> None:
