@@ -11,6 +11,12 @@ plain         the same without drafts
 transformers  `generate`, fp32
 optimum       ORTModelForCausalLM `generate`, fp32
 ctranslate2   Generator, int8
+genai         onnxruntime-genai, 4-bit weights (less to read than ours), one token a step
+genai_ngram   the same with its n-gram speculation, chained and adaptive
+
+genai's builder needs transformers 5, optimum needs 4: run this once with --work and the other peers,
+build in an environment of its own, run it again with all of them:
+python -m onnxruntime_genai.models.builder -i WORK/merged -o WORK/genai -p int4 -e cpu
 """
 
 from __future__ import annotations
@@ -111,10 +117,60 @@ def ctranslate2_peer(folder: Path, threads: int) -> Write:
     return write
 
 
-PEERS = {
+def genai_peer(folder: Path, threads: int, **speculative: Any) -> Write:
+    """onnxruntime-genai, built beforehand."""
+    import onnxruntime_genai
+
+    built = folder.with_name("genai")
+    if not built.is_dir():
+        raise typer.BadParameter(f"there is no {built}; the docstring says how to build it")
+    config = onnxruntime_genai.Config(str(built))
+    config.overlay(
+        json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}})
+    )
+    model = onnxruntime_genai.Model(config)
+
+    def write(ids: list[int], count: int) -> None:
+        length = len(ids) + count
+        settings = onnxruntime_genai.GeneratorParams(model)
+        settings.set_search_options(min_length=length, max_length=length, do_sample=False)
+        if speculative:
+            settings.set_speculative_options(**speculative)
+        generator = onnxruntime_genai.Generator(model, settings)
+        generator.append_tokens(ids)
+        while not generator.is_done():
+            generator.generate_next_token()
+        assert generator.token_count() == length
+
+    return write
+
+
+def genai_ngram_peer(folder: Path, threads: int) -> Write:
+    """onnxruntime-genai with the n-gram settings that its documentation recommends."""
+    return genai_peer(
+        folder,
+        threads,
+        ngram_size=4,
+        max_draft_tokens=8,
+        ngram_chained_lookup=True,
+        min_adaptive_k=2,
+        cooldown=False,
+    )
+
+
+PEERS: dict[str, Callable[[Path, int], Write]] = {
     "transformers": transformers_peer,
     "optimum": optimum_peer,
     "ctranslate2": ctranslate2_peer,
+    "genai": genai_peer,
+    "genai_ngram": genai_ngram_peer,
+}
+PACKAGES = {
+    "transformers": "transformers",
+    "optimum": "optimum-onnx",
+    "ctranslate2": "ctranslate2",
+    "genai": "onnxruntime-genai",
+    "genai_ngram": "onnxruntime-genai",
 }
 
 
@@ -123,7 +179,13 @@ def main(
     base: Annotated[Path, typer.Option(help="GGUF file of the base model.")],
     data: Annotated[Path, typer.Option(help="Folder with pairs/.")],
     bundle: Annotated[Path | None, typer.Option()] = None,
-    peers: Annotated[str, typer.Option(help="Which of them, with commas.")] = ",".join(PEERS),
+    peers: Annotated[
+        str, typer.Option(help="Which of them, with commas.")
+    ] = "transformers,optimum,ctranslate2",
+    work: Annotated[
+        Path | None,
+        typer.Option(help="Keeps the merged checkpoint.", show_default="a temporary folder"),
+    ] = None,
     tasks: Annotated[int, typer.Option(min=3, help="Rewrites in each set.")] = 20,
     repeats: Annotated[int, typer.Option(min=1)] = 3,
     threads: Annotated[int, typer.Option(min=1)] = 2,
@@ -131,7 +193,9 @@ def main(
     """Measure and write benchmarks/results/rewrite.json."""
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
-        merged = merge(checkpoint, base, Path(folder) / "merged")
+        merged = (work or Path(folder)) / "merged"
+        if not merged.is_dir():
+            merge(checkpoint, base, merged)
         opened = {name: PEERS[name](merged, threads) for name in peers.split(",")}
         with lance_edge.load(bundle, "cpu", threads=threads) as guard:
             found = find_tasks(guard, data, tasks)
@@ -145,7 +209,7 @@ def main(
                 },
                 "step_ms": step_times(guard.refiner),
                 "environment": environment(
-                    "onnxruntime", "torch", "transformers", "optimum-onnx", "ctranslate2"
+                    "onnxruntime", "torch", *(PACKAGES[name] for name in opened)
                 ),
             }
     save("rewrite", result)
@@ -262,7 +326,7 @@ def step_times(refiner: Refiner, runs: int = 30) -> dict[str, float]:
     return medians
 
 
-def merge(checkpoint: Path, base: Path, folder: Path) -> Path:
+def merge(checkpoint: Path, base: Path, folder: Path) -> None:
     """The trained weights as one Hugging Face checkpoint."""
     refiner, _ = load_refiner(checkpoint, base)
     network: Any = refiner.network
@@ -275,7 +339,6 @@ def merge(checkpoint: Path, base: Path, folder: Path) -> Path:
     special = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>"}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    return folder
 
 
 if __name__ == "__main__":
