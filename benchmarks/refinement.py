@@ -16,10 +16,12 @@ import numpy as np
 import typer
 from environment import environment, save
 from sacrebleu.metrics import CHRF
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import lance_edge
 from lance_edge.repair import kept_in_order, words
+from lance_edge.screener import FloatArray
 from lance_edge.verdict import Verdict
 from lance_edge_training.data import read_rows
 
@@ -37,6 +39,10 @@ def main(
     looks: Annotated[str, typer.Option(help="1, 2 or auto")] = "auto",
     rows: Annotated[int | None, typer.Option(help="Only so many records, drawn at random.")] = None,
     name: Annotated[str, typer.Option(help="Name of the result file.")] = "refinement",
+    encoder: Annotated[
+        Path | None,
+        typer.Option(help="Sentence encoder (mean pooling), for the cosine to the reference."),
+    ] = None,
 ) -> None:
     """Measure and write benchmarks/results/NAME.json."""
     records = list(read_rows(data / "pairs" / "test.jsonl"))
@@ -44,20 +50,27 @@ def main(
         records = random.Random(11).sample(records, rows)
     with lance_edge.load(bundle, "cpu", looks=looks) as guard:  # type: ignore[arg-type]
         verdicts = [guard.refine(record["prompt"]) for record in tqdm(records, mininterval=10)]
-        blank = without_critique(guard, records, verdicts)
+        pairs = list(zip(records, verdicts, strict=True))
+        chosen = compared(pairs)
+        blank = without_critique(guard, chosen)
         sha256 = guard.bundle.sha256
     result = {
         "benchmark": "refinement",
         "bundle": sha256,
         "looks": looks,
         "records": len(records),
-        "rewrite": rewrites(list(zip(records, verdicts, strict=True))),
-        "keep": keeps(list(zip(records, verdicts, strict=True))),
-        "mixed": kept_words(list(zip(records, verdicts, strict=True))),
-        "similarity": {
-            "with critique": similarity(records, verdicts, lambda v: v.steps[0].text),
-            "without critique": blank,
-        },
+        "rewrite": rewrites(pairs),
+        "keep": keeps(pairs),
+        "mixed": kept_words(pairs),
+        "similarity": similarity(
+            [record["refined"] for record, _ in chosen],
+            {
+                "with critique": [verdict.steps[0].text for _, verdict in chosen],
+                "without critique": blank,
+                "the prompt itself": [record["prompt"] for record, _ in chosen],
+            },
+            None if encoder is None else Embedder(encoder),
+        ),
         "decoding": decoding(verdicts),
         "environment": environment("onnxruntime", "tokenizers", "sacrebleu"),
     }
@@ -124,33 +137,55 @@ def kept_words(pairs: Pairs) -> dict[str, float]:
     }
 
 
-def similarity(
-    records: list[dict[str, Any]], verdicts: list[Verdict], text: Any
-) -> dict[str, float]:
-    """chrF of first rewrites against the references, and of the prompts, for comparison."""
-    pairs = compared(records, verdicts)
-    return {
-        "records": len(pairs),
-        "chrf": float(np.mean([chrf(text(v), r["refined"]) for r, v in pairs])),
-        "chrf_of_the_prompt": float(np.mean([chrf(r["prompt"], r["refined"]) for r, v in pairs])),
-    }
-
-
-def compared(records: list[dict[str, Any]], verdicts: list[Verdict]) -> Pairs:
+def compared(pairs: Pairs) -> Pairs:
     """The records whose first rewrite is compared with the reference: every second that has one."""
-    pairs = zip(records, verdicts, strict=True)
     return [(r, v) for r, v in pairs if v.steps and r["action"] == "rewrite"][::2]
 
 
-def without_critique(
-    guard: lance_edge.Pipeline, records: list[dict[str, Any]], verdicts: list[Verdict]
-) -> dict[str, float]:
-    """The same rewrites with an empty critique."""
-    scores = []
-    for record, _ in tqdm(compared(records, verdicts), mininterval=10):
-        reading = guard.refiner.read(record["prompt"])
-        scores.append(chrf(guard.refiner.rewrite(reading, "").text, record["refined"]))
-    return {"records": len(scores), "chrf": float(np.mean(scores))}
+def without_critique(guard: lance_edge.Pipeline, pairs: Pairs) -> list[str]:
+    """Rewrites of the same prompts with an empty critique."""
+    return [
+        guard.refiner.rewrite(guard.refiner.read(record["prompt"]), "").text
+        for record, _ in tqdm(pairs, mininterval=10)
+    ]
+
+
+def similarity(
+    references: list[str], candidates: dict[str, list[str]], embed: Embedder | None
+) -> dict[str, dict[str, float]]:
+    """How near each kind of text is to the references, on average."""
+    found = {}
+    for name, texts in candidates.items():
+        scores = [chrf(text, reference) for text, reference in zip(texts, references, strict=True)]
+        found[name] = {"records": float(len(texts)), "chrf": float(np.mean(scores))}
+        if embed is not None:
+            cosines = (embed(texts) * embed(references)).sum(1)
+            found[name]["cosine"] = float(cosines.mean())
+    return found
+
+
+class Embedder:
+    """Mean-pooled states of a Hugging Face encoder, of length 1."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoModel
+
+        self.model = AutoModel.from_pretrained(folder).eval()
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer.no_padding()
+        self.tokenizer.enable_truncation(256)
+
+    def __call__(self, texts: list[str]) -> FloatArray:
+        """[texts, width]"""
+        import torch
+
+        rows = []
+        for text in texts:
+            ids = torch.tensor([self.tokenizer.encode(text).ids])
+            with torch.inference_mode():
+                state = self.model(input_ids=ids).last_hidden_state[0].mean(0)
+            rows.append((state / state.norm()).numpy())
+        return np.stack(rows)
 
 
 def chrf(text: str, reference: str) -> float:

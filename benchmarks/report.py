@@ -167,11 +167,10 @@ def refinement() -> str:
             f"{mixed['kept']:.1%}",
         ),
         ("the same in the references", f"{mixed['kept_by_the_reference']:.1%}"),
-        ("chrF to the reference, with critique", f"{similar['with critique']['chrf']:.1f}"),
-        ("chrF without critique", f"{similar['without critique']['chrf']:.1f}"),
-        (
-            "chrF of the unchanged prompt",
-            f"{similar['with critique']['chrf_of_the_prompt']:.1f}",
+        *(
+            (f"{measure} to the reference, {name}", f"{values[key]:.{digits}f}")
+            for measure, key, digits in (("chrF", "chrf", 1), ("cosine", "cosine", 3))
+            for name, values in similar.items()
         ),
         ("tokens per graph run", f"{decoding['tokens_per_step']:.2f}"),
         ("drafted tokens that were accepted", f"{decoding['accepted_of_drafted']:.1%}"),
