@@ -15,6 +15,20 @@ import tiny
 import lance_edge
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In modules that train: models so small only wait for each other's threads."""
+    if request.node.get_closest_marker("train") is None:
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the tiny bundle; tests must not change it."""

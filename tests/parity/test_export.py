@@ -8,7 +8,6 @@ import json
 import random
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +46,6 @@ OUTPUTS = ("mean", "deviation", "contributions")
 THRESHOLDS = {"violence": 0.3, "privacy": 0.6, "child": 0.85}
 
 Arrays = dict[str, np.ndarray[Any, Any]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small only wait for each other's threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

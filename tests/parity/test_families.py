@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -46,15 +46,6 @@ TOKENS = 60
 
 STATE_ERROR = 2e-5  # of a state's length, fp32: another order of summation
 INT8_ERROR = 0.15  # of a state's length: twelve products one after the other, random weights
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small only wait for each other's threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

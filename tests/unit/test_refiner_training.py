@@ -7,7 +7,6 @@ from __future__ import annotations
 import gzip
 import json
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,15 +48,6 @@ from lance_edge_training.records import (
 pytestmark = pytest.mark.train
 
 CATEGORIES = list(tiny.CATEGORIES)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small only wait for each other's threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def pair(number: int, **changes: Any) -> dict[str, Any]:
