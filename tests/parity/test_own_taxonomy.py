@@ -36,7 +36,7 @@ TRIGGERS = {
     "legal_threats": ["lawyer", "sue", "court", "ombudsman"],
 }
 FILLERS = "how do i please tell me about the my your account card today now again why is".split()
-ROWS = 800
+ROWS = 400
 
 
 @pytest.fixture(scope="module")
