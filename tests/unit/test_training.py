@@ -21,13 +21,14 @@ torch = pytest.importorskip("torch", reason="needs torch (the train extra)")
 transformers = pytest.importorskip("transformers", reason="needs transformers (the train extra)")
 
 import typer
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from lance_edge.bundle import Calibration
 from lance_edge.screener import FloatArray
 from lance_edge.screener import Screener as RuntimeScreener
 from lance_edge.tokenizer import Tokenizer
-from lance_edge_training import calibrate
+from lance_edge_training import average, calibrate
 from lance_edge_training import screener as trainer
 from lance_edge_training.checkpoint import load_screener, new_screener
 from lance_edge_training.data import Batch, Example, development_examples
@@ -381,6 +382,54 @@ def test_training_on_no_rows_says_so(encoder: Path, taxonomy: Path, tmp_path: Pa
     result = invoke(trainer.main, *given, "--out", tmp_path / "run")
     assert result.exit_code != 0
     assert "no rows" in f"{result.exception} {plain_text(result)}"
+
+
+# Averages
+
+
+@pytest.fixture
+def other(trained: Path, tmp_path: Path) -> Path:
+    """A checkpoint whose head's weights are larger by 1."""
+    folder = shutil.copytree(trained, tmp_path / "other")
+    head = {name: value + 1 for name, value in load_file(folder / "head.safetensors").items()}
+    save_file(head, folder / "head.safetensors")
+    return folder
+
+
+def test_an_average_lies_between_two_checkpoints(
+    trained: Path, other: Path, tmp_path: Path
+) -> None:
+    result = invoke(average.main, trained, other, "--out", tmp_path / "out", "--share", 0.25)
+    assert result.exit_code == 0, result.output
+    screener, description = load_screener(tmp_path / "out")
+    first, before = load_screener(trained)
+    for name, value in screener.head.state_dict().items():
+        torch.testing.assert_close(value, first.head.state_dict()[name] + 0.25)
+    for name, value in screener.encoder.state_dict().items():
+        torch.testing.assert_close(value, first.encoder.state_dict()[name])
+    assert description["provenance"]["share"] == 0.25
+    assert description["provenance"]["first"] == before["provenance"]
+    assert description["window"] == before["window"]
+
+
+@pytest.mark.parametrize("what", ["window", "taxonomies", "network"])
+def test_checkpoints_that_differ_are_not_averaged(
+    trained: Path, other: Path, tmp_path: Path, what: str
+) -> None:
+    if what == "window":
+        change_json(other / "screener.json", lambda values: {**values, "window": 999})
+    elif what == "taxonomies":
+        change_json(other / "taxonomy.json", lambda entries: entries[::-1])
+    else:
+        change_json(other / "config.json", lambda config: {**config, "num_hidden_layers": 0})
+    result = invoke(average.main, trained, other, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert f"differ in their {what}" in " ".join(plain_text(result).replace("│", " ").split())
+    assert not (tmp_path / "out").exists()
+
+
+def change_json(path: Path, change: Callable[[Any], Any]) -> None:
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
 
 
 # Calibration
