@@ -21,6 +21,7 @@ python -m onnxruntime_genai.models.builder -i WORK/merged -o WORK/genai -p int4 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -194,8 +195,13 @@ def main(
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
         merged = (work or Path(folder)) / "merged"
-        if not merged.is_dir():
+        made_of = f"{digest(checkpoint / 'delta.safetensors')} {digest(base)}"
+        stamp = merged.with_name("merged.txt")
+        if not stamp.is_file():
             merge(checkpoint, base, merged)
+            stamp.write_text(made_of, encoding="utf-8")
+        elif stamp.read_text(encoding="utf-8") != made_of:
+            raise typer.BadParameter(f"{work} holds another checkpoint or base; choose another")
         opened = {name: PEERS[name](merged, threads) for name in peers.split(",")}
         with lance_edge.load(bundle, "cpu", threads=threads) as guard:
             found = find_tasks(guard, data, tasks)
@@ -324,6 +330,11 @@ def step_times(refiner: Refiner, runs: int = 30) -> dict[str, float]:
             taken.append((time.perf_counter() - started) * 1000)
         medians[str(rows)] = float(np.median(taken))
     return medians
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def merge(checkpoint: Path, base: Path, folder: Path) -> None:

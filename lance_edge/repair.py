@@ -21,10 +21,14 @@ BROKEN = "\ufffd"  # what is left of bytes that are no UTF-8
 LONGEST_REPEAT = 4  # words in a phrase that may not stand three times
 
 _WORD = re.compile(r"\w+(?:['\u2019-]\w+)*")
-# What a model says that declines to answer; people say "I can't sleep", and that may stay.
+# What a model says that declines to answer. People too say "I can't sleep" or "I'm sorry I missed
+# your party", and that may stay.
+_CANNOT = r"I(?: can ?not| can['\u2019]t| won['\u2019]t|(?: am|['\u2019]m) (?:unable|not able) to)"
 _REFUSAL = re.compile(
-    r"\bas an AI\b|\bI(?: am|['\u2019]m) (?:sorry,? (?:but )?I|unable to|not able to)"
-    r"|\bI (?:can ?not|can['\u2019]t|won['\u2019]t) (?:fulfil|assist|help you|comply|provide|answer)",
+    r"\bas an AI(?:,| (?:language )?model| assistant)"
+    rf"|\bsorry,? (?:but )?{_CANNOT}"
+    rf"|\b{_CANNOT} (?:fulfil|assist|comply|(?:help|answer|provide|continue)(?: you)?(?: with)? th(?:at|is)\b"
+    r"|(?:create|generate|write) (?:such|this|that|content)\b)",
     re.IGNORECASE,
 )
 _PIECE = re.compile(r"\s+|\w+(?:['\u2019-]\w+)*|[^\w\s]")

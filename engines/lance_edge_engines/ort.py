@@ -155,6 +155,8 @@ def _open(
     options.intra_op_num_threads = threads or 0
     options.enable_mem_pattern = False  # lengths vary; patterns only cost memory
     options.add_session_config_entry(EXTERNAL_FOLDER, NOWHERE)
+    # ONNX Runtime's own format would be loaded unchecked.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
     held = [runtime.OrtValue.ortvalue_from_numpy(array) for array in (weights or {}).values()]
     try:
         if weights:

@@ -77,8 +77,20 @@ def test_several_folders_are_read_in_turn_gzipped_or_not(folder: Path, tmp_path:
     assert (examples[-1].spans, examples[-1].group) == (("spy",), "g1")
 
 
+def test_a_folder_without_training_rows_is_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"mistyped has neither prompts/train\.jsonl"):
+        training_examples([folder, tmp_path / "mistyped"], CATEGORIES)
+
+
+def test_a_file_beside_its_archive_is_refused(tmp_path: Path) -> None:
+    for name in ("train.jsonl", "train.jsonl.gz"):
+        write_text(tmp_path / "prompts" / name, json.dumps(prompt_row("bomb")) + "\n")
+    with pytest.raises(ValueError, match=r"train\.jsonl stands beside train\.jsonl\.gz"):
+        training_examples([tmp_path], CATEGORIES)
+
+
 def test_a_folder_without_development_rows_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"prompts/dev\.jsonl\.gz"):
+    with pytest.raises(ValueError, match=r"prompts/dev\.jsonl"):
         development_examples(tmp_path, CATEGORIES)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import tiny
 from onnx import TensorProto, helper
@@ -22,7 +23,7 @@ import lance_edge
 from lance_edge.bundle import file_entry, open_bundle
 from lance_edge.errors import BundleCorrupt, BundleError
 from lance_edge_engines import SessionError, open_session
-from lance_edge_engines.external import HOLDS
+from lance_edge_engines.external import HOLDS, Malformed, tensors_in_files
 
 SECRET = np.arange(4, dtype=np.float32)
 
@@ -91,19 +92,87 @@ def test_nor_for_a_tensor_inside_a_node(here: Path) -> None:
 
 
 def test_every_place_of_a_tensor_is_known() -> None:
-    """The fields that lead to tensors, against those of the installed onnx."""
-    holds = {kind: dict(fields) for kind, fields in HOLDS.items()}
-    for kind, fields in holds.items():
-        declared = getattr(onnx, f"{kind}Proto").DESCRIPTOR.fields
-        assert fields == {
+    """The fields that lead to tensors, against all messages of the installed onnx."""
+    model = onnx.ModelProto.DESCRIPTOR
+    messages, reached = {model.name: model}, [model]
+    while reached:
+        for field in reached.pop().fields:
+            inner = field.message_type
+            if inner and inner.name not in messages:
+                messages[inner.name] = inner
+                reached.append(inner)
+    leading = {"TensorProto"}
+    while more := {
+        name
+        for name, message in messages.items()
+        if name not in leading
+        and any(f.message_type and f.message_type.name in leading for f in message.fields)
+    }:
+        leading |= more
+    assert {
+        name.removesuffix("Proto"): {
             field.number: field.message_type.name.removesuffix("Proto")
-            for field in declared
-            if field.message_type
-            and field.message_type.name.removesuffix("Proto") in (*holds, "Tensor")
+            for field in messages[name].fields
+            if field.message_type and field.message_type.name in leading
         }
+        for name in leading - {"TensorProto"}
+    } == HOLDS
 
 
-@pytest.mark.parametrize("garbage", [b"\xff" * 12, b"\x3b\x00", b"\x3a\x7f\x00", b"\x0a"])
+def wrapped(path: Sequence[int], contents: bytes) -> bytes:
+    """A message inside of fields of these numbers, the outermost first."""
+    for number in reversed(path):
+        contents = varint(number << 3 | 2) + varint(len(contents)) + contents
+    return contents
+
+
+def varint(value: int) -> bytes:
+    made = b""
+    while value >= 0x80:
+        made += bytes([value & 0x7F | 0x80])
+        value >>= 7
+    return made + bytes([value])
+
+
+@pytest.mark.parametrize("tag", [5 << 3 | 2, 13 << 3 | 2, 14 << 3])
+def test_tags_that_protocol_buffers_cut_short_are_refused(here: Path, tag: int) -> None:
+    """A number of a field with bits above the 32 that a parser keeps."""
+    honest = graph(str(here / "local.bin"))
+    hidden = honest.replace(varint(tag), varint(tag + (1 << 32)), 1)
+    assert hidden != honest
+    with pytest.raises(SessionError, match="cannot load the graph"):
+        open_session(hidden, "cpu")
+    contents = varint(tag + (1 << 32)) + b"\x00"
+    with pytest.raises(Malformed, match="a number that there is not"):
+        tensors_in_files(wrapped([7, 5], contents))
+
+
+def test_a_name_that_only_looks_like_a_given_one_is_refused(here: Path) -> None:
+    model = graph(str(here / "local.bin")).replace(b"\x42\x01w", b"\x42\x02w\xff")
+    with pytest.raises(SessionError, match="cannot load the graph"):
+        open_session(model, "cpu", weights={"w\ufffd": SECRET})
+
+
+def test_another_format_is_not_loaded(tmp_path: Path) -> None:
+    """ONNX Runtime's own, which it recognises by four bytes and which is not walked."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "graph.ort")
+    onnxruntime.InferenceSession(graph(), options, providers=["CPUExecutionProvider"])
+    with pytest.raises(SessionError, match="cannot load the graph"):
+        open_session((tmp_path / "graph.ort").read_bytes(), "cpu")
+
+
+def test_a_graph_is_not_walked_without_end() -> None:
+    nested = wrapped([1, 5, 6] * 1500, b"")
+    with pytest.raises(SessionError, match="cannot load the graph"):
+        open_session(wrapped([7], nested), "cpu")
+    with pytest.raises(SessionError, match="1,000,000 fields"):
+        open_session(wrapped([7], b"\x10\x00" * 1_000_001), "cpu")
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"\xff" * 12, b"\x3b\x00", b"\x3a\x7f\x00", b"\x0a", b"\x02\x00"]
+)
 def test_what_is_no_model_is_refused(garbage: bytes) -> None:
     with pytest.raises(SessionError, match="cannot load the graph"):
         open_session(garbage, "cpu")

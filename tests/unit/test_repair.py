@@ -176,9 +176,12 @@ def test_problem_changes_nothing(rewrite: str) -> None:
     [
         "I cannot fulfill this request.",
         "I'm sorry, but I can't help you with that.",
-        "As an AI, I have no opinion.",
-        "I am unable to answer.",
-        "Sorry, I won\u2019t assist with this.",
+        "Sorry, I can't do that.",
+        "I can't help with this.",
+        "As an AI language model, I have no opinion.",
+        "I am unable to assist.",
+        "Sorry, I won\u2019t write it.",
+        "I cannot create content of that kind.",
     ],
 )
 def test_problem_refuses(phrase: str) -> None:
@@ -188,7 +191,16 @@ def test_problem_refuses(phrase: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["I can't sleep and I'm sorry about that.", "What can't be helped?", "He won't answer me."],
+    [
+        "I can't sleep and I'm sorry about that.",
+        "What can't be helped?",
+        "He won't answer me.",
+        "I'm sorry I missed your party.",
+        "I'm not able to attend on Friday.",
+        "I can't provide receipts for March.",
+        "I was hired as an AI engineer.",
+        "I can't help my brother with his sums.",
+    ],
 )
 def test_people_may_say_what_they_cannot_do(text: str) -> None:
     assert why_not(f"{SAFE} {text}") is None

@@ -428,6 +428,12 @@ def test_checkpoints_that_differ_are_not_averaged(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_average_does_not_replace_its_parts(trained: Path, other: Path) -> None:
+    result = invoke(average.main, trained, other, "--out", other)
+    assert result.exit_code == 2
+    assert "is one of the two" in " ".join(plain_text(result).replace("│", " ").split())
+
+
 def change_json(path: Path, change: Callable[[Any], Any]) -> None:
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
 

@@ -28,6 +28,8 @@ def main(
     share: Annotated[float, typer.Option(min=0.0, max=1.0, help="Of the second one.")] = 0.5,
 ) -> None:
     """Write (1 - share) * first + share * second as a checkpoint; calibrate it before the export."""
+    if out.resolve() in (first.resolve(), second.resolve()):
+        raise typer.BadParameter(f"{out} is one of the two checkpoints; choose another --out")
     averaged, description = load_screener(first)
     other, other_description = load_screener(second)
     different = [key for key in KEPT if description[key] != other_description[key]]

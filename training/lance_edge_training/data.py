@@ -124,17 +124,32 @@ def split_rows(
 ) -> Iterator[dict[str, Any]]:
     """Rows of FOLDER/kind/split.jsonl, gzipped (.gz) or not; none if there is no such file.
 
-    Of the training split only rows whose licence allows training.
+    Of the training split only rows whose licence allows training. Raises ValueError if there are
+    both files.
     """
-    for path in (folder / kind / f"{split}.jsonl.gz", folder / kind / f"{split}.jsonl"):
-        if path.exists():
-            for row in read_rows(path):
-                if split != "train" or row["may_train"] is True:
-                    yield row
+    plain = folder / kind / f"{split}.jsonl"
+    found = [path for path in (plain, plain.with_suffix(".jsonl.gz")) if path.exists()]
+    if len(found) > 1:
+        raise ValueError(f"{plain} stands beside {found[1].name}; remove one of them")
+    for path in found:
+        for row in read_rows(path):
+            if split != "train" or row["may_train"] is True:
+                yield row
+
+
+def check_folders(folders: Sequence[Path]) -> None:
+    """Raises ValueError for a folder without training data, as a mistyped one is."""
+    for folder in folders:
+        if not any(any((folder / kind).glob("train.jsonl*")) for kind in ("prompts", "pairs")):
+            raise ValueError(f"{folder} has neither prompts/train.jsonl nor pairs/train.jsonl")
 
 
 def training_examples(folders: Sequence[Path], categories: Sequence[str]) -> list[Example]:
-    """All examples that may be trained on: of each folder its prompts, then its pairs."""
+    """All examples that may be trained on: of each folder its prompts, then its pairs.
+
+    Raises ValueError for a folder without training data.
+    """
+    check_folders(folders)
     examples = []
     for folder in folders:
         prompts = split_rows(folder, "prompts", "train")
@@ -153,7 +168,9 @@ def development_examples(folder: Path, categories: Sequence[str]) -> list[Exampl
     pairs = split_rows(folder, "pairs", "test")
     examples = prompts + [pair_examples(row, categories)[0] for row in pairs]
     if not examples:
-        raise ValueError(f"{folder} has no rows in prompts/dev.jsonl.gz or pairs/test.jsonl")
+        raise ValueError(
+            f"{folder} has no rows in prompts/dev.jsonl or pairs/test.jsonl, gzipped or not"
+        )
     return examples
 
 

@@ -23,6 +23,7 @@ from lance_edge.verdict import Gradient
 from lance_edge_training.data import (
     Batch,
     Example,
+    check_folders,
     fill_batches,
     label_tensors,
     pair_examples,
@@ -56,7 +57,9 @@ def load_records(
     """Training rows whose licence allows it: refinement pairs, and prompts for the second look.
 
     A pair's rewrite stands among the prompts too, as the benign twin of its hazardous prompt.
+    Raises ValueError for a folder without training data.
     """
+    check_folders(folders)
     pairs, prompts = [], []
     for folder in folders:
         for row in split_rows(folder, "pairs", "train"):

@@ -283,7 +283,10 @@ def main(
     tokenizer = LanguageTokenizer(serialized.encode(), TEMPLATE)
     with lance_edge.load(bundle or default_bundle(), "cpu") as pipeline:
         categories = list(pipeline.policy.categories)
-        pairs, prompts = load_records(data, categories)
+        try:
+            pairs, prompts = load_records(data, categories)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
         pairs = first_looks(pairs[:rows], pipeline)
         composer = Composer(
             pipeline.bundle.gradients(), categories, pipeline.policy.thresholds.tolist(), tokenizer

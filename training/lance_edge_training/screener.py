@@ -199,6 +199,9 @@ def main(
     supervision: Annotated[str, typer.Option(help="all, or binary: severities cut to 0/1")] = "all",
     epochs: Annotated[int, typer.Option(min=1)] = Settings.epochs,
     rows: Annotated[int | None, typer.Option(min=1, help="Train on this many rows only.")] = None,
+    easy_share: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Of the coarse benign rows, in each epoch.")
+    ] = Settings.easy_share,
     seed: Annotated[int, typer.Option()] = Settings.seed,
     device: Annotated[str, typer.Option(help="cpu, or cuda:0")] = "cpu",
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 200,
@@ -206,12 +209,22 @@ def main(
     """Train a screener, or its ablations, and save it as a checkpoint for the export."""
     if head not in ("variational", "plain") or supervision not in ("all", "binary"):
         raise typer.BadParameter("--head is variational or plain; --supervision is all or binary")
-    settings = Settings(head=head, supervision=supervision, epochs=epochs, rows=rows, seed=seed)  # type: ignore[arg-type]
+    settings = Settings(
+        head=head,  # type: ignore[arg-type]
+        supervision=supervision,  # type: ignore[arg-type]
+        epochs=epochs,
+        rows=rows,
+        easy_share=easy_share,
+        seed=seed,
+    )
     entries = json.loads(taxonomy.read_text(encoding="utf-8"))
     categories = [entry["name"] for entry in entries]
     serialized = encoder / "tokenizer.json"
     tokenizer = Tokenizer(serialized.read_bytes(), settings.window, settings.overlap)
-    examples = dealt_examples(data, categories, settings)
+    try:
+        examples = dealt_examples(data, categories, settings)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     if not examples:
         folders = ", ".join(map(str, data))
         raise typer.BadParameter(f"{folders}: no rows that may be trained on")
