@@ -19,6 +19,7 @@ from lance_edge.verdict import Gradient
 MAX_ELEMENTS = 3  # quoted per category; more would only repeat the prompt
 MAX_ELEMENT_CHARS = 80
 
+_SENTENCE = re.compile(r"[^.!?;\n]+[.!?;]*[\"'\u2019\u201d)\]]*")
 _LONG_WORD = re.compile(r"\w{4}")  # "of" and "so" carry no hazard
 
 
@@ -61,6 +62,22 @@ def gradient(
     fresh = [word for word in words if word not in quoted]
     text = line(category, severity, fresh, direction, templates)
     return Gradient(category, severity, tuple(words), direction, text)
+
+
+def widened(text: str, found: Sequence[Gradient], templates: Templates) -> tuple[Gradient, ...]:
+    """The same gradients, each quoting the whole sentences that its elements stand in.
+
+    For a refiner that left the text as it is: it edits more where more is quoted.
+    """
+    sentences = [match.group().strip() for match in _SENTENCE.finditer(text)]
+    wider: list[Gradient] = []
+    for item in found:
+        holding = [s for s in sentences if any(element in s for element in item.elements)]
+        words = list(dict.fromkeys(holding))[:MAX_ELEMENTS] or item.elements
+        wider.append(
+            gradient(item.category, item.severity, words, templates, wider, item.direction)
+        )
+    return tuple(wider)
 
 
 def line(

@@ -18,7 +18,7 @@ from lance_edge.bundle import Bundle, RefinerSpec, open_bundle
 from lance_edge.cache import open_weights, weights_path
 from lance_edge.decoder import Decoder
 from lance_edge.errors import BundleError, InvalidOption, InvalidPrompt
-from lance_edge.gradient import critique, gradients
+from lance_edge.gradient import critique, gradients, widened
 from lance_edge.language import LanguageTokenizer
 from lance_edge.policy import Policy, policy
 from lance_edge.refiner import Reading, Refiner, Rewrite
@@ -240,6 +240,7 @@ class Pipeline:
             compose=lambda found: critique(found, refiner.tokenizer.count, templates),
             rewrite=rewrite,
             judge=judge,
+            widen=lambda text, found: widened(text, found, templates),
             is_control=refiner.tokenizer.has_control,
             least_kept=refiner.least_kept,
             max_steps=self.policy.max_steps,

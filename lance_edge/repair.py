@@ -16,6 +16,7 @@ from lance_edge.refiner import Rewrite
 from lance_edge.tokenizer import readable
 from lance_edge.verdict import Edit, Gradient, RefineStep
 
+UNCHANGED = "it changes nothing"
 FEWEST_WORDS = 6  # outside the hazard, from which on it is asked whether they were kept
 BROKEN = "\ufffd"  # what is left of bytes that are no UTF-8
 LONGEST_REPEAT = 4  # words in a phrase that may not stand three times
@@ -50,36 +51,40 @@ def repair(
     compose: Callable[[Sequence[Gradient]], str],
     rewrite: Callable[[str], Rewrite],
     judge: Callable[[str], tuple[Gradient, ...]],
+    widen: Callable[[str, Sequence[Gradient]], tuple[Gradient, ...]],
     is_control: Callable[[str], bool],
     least_kept: float,
     max_steps: int,
 ) -> Repair:
     """Rewrite, read the rewrite as any prompt is read, accept it or go on with what is left.
 
+    A text that comes back as it was is tried once more, with a critique that quotes more of it.
+
     compose  gradients -> critique
     rewrite  critique -> a rewrite of the prompt, or of the last text that was judged
     judge    text -> gradients of what is flagged in it
+    widen    text and its gradients -> the same, quoting more
     """
     steps: list[RefineStep] = []
-    left = found
+    text, left = prompt, found
     while True:
         told = compose(left)
         made = rewrite(told)
         read_before = [prompt, *(step.text for step in steps)]
         wrong = problem(read_before, made.text, made.ended, found, is_control, least_kept)
-        left = ()
+        still: tuple[Gradient, ...] = ()
         if wrong is None:
             try:
-                left = judge(made.text)
+                still = judge(made.text)
             except InvalidPrompt as error:
                 wrong = f"it cannot be read as a prompt: {error}"
-        if left:
-            wrong = f"it is still flagged for {', '.join(item.category for item in left)}"
+        if still:
+            wrong = f"it is still flagged for {', '.join(item.category for item in still)}"
         steps.append(
             RefineStep(
                 critique=told,
                 text=made.text,
-                flagged=tuple(item.category for item in left),
+                flagged=tuple(item.category for item in still),
                 problem=wrong,
                 tokens=len(made.ids),
                 decode_steps=made.steps,
@@ -89,7 +94,11 @@ def repair(
         )
         if wrong is None:
             return Repair(made.text, tuple(steps), None)
-        if not left or len(steps) == max_steps:
+        if still:
+            text, left = made.text, still
+        elif wrong == UNCHANGED:
+            left = widen(text, left)
+        if len(steps) == max_steps or (not still and compose(left) == told):
             return Repair(None, tuple(steps), f"the rewrite was not accepted: {wrong}")
 
 
@@ -122,7 +131,7 @@ def problem(
     if refuses(rewrite) and not refuses(prompt):
         return "it refuses instead of rewriting"
     if rewrite.strip() in (text.strip() for text in read_before):
-        return "it changes nothing"
+        return UNCHANGED
     outside = words_outside(prompt, [word for item in gradients for word in item.elements])
     if len(outside) >= FEWEST_WORDS and kept_in_order(outside, words(rewrite)) < least_kept:
         return "it loses harmless parts of the prompt"

@@ -22,6 +22,7 @@ from lance_edge.gradient import (
     gradient,
     gradients,
     quotable,
+    widened,
 )
 from lance_edge.screener import Labels, WindowLabels, distribution
 from lance_edge.tokenizer import Tokenizer, Window
@@ -179,6 +180,26 @@ def test_a_first_line_that_does_not_fit_goes_without_its_quotes() -> None:
 def test_the_first_line_is_there_whatever_the_budget() -> None:
     found = (gradient("violence", 0.9, ["bomb"], TEMPLATES), gradient("child", 1, [], TEMPLATES))
     assert told(found, words=4) == "violence (extreme): turn from violence"
+
+
+def test_widened_gradients_quote_whole_sentences() -> None:
+    text = "We are a choir. Name a song; then tell me where she lives! Thanks.\nHow do I hurt her?"
+    found = [
+        gradient("privacy", 0.9, ("where she lives",), TEMPLATES),
+        gradient("violence", 0.8, ("song", "hurt"), TEMPLATES, direction="turn away"),
+    ]
+    privacy, violence = widened(text, found, TEMPLATES)
+    assert privacy.elements == ("then tell me where she lives!",)
+    assert violence.elements == ("Name a song;", "How do I hurt her?")
+    assert violence.text == 'violence (extreme) in "Name a song;", "How do I hurt her?": turn away'
+    assert (privacy.category, privacy.severity) == ("privacy", 0.9)
+    assert widened(text, [privacy, violence], TEMPLATES) == (privacy, violence)  # no wider
+
+
+def test_what_quotes_nothing_stays_as_it_is_when_widened() -> None:
+    bare = gradient("privacy", 0.9, (), TEMPLATES)
+    across = gradient("violence", 0.9, ("bomb. Then",), TEMPLATES)
+    assert widened("Make a bomb. Then run.", [bare, across], TEMPLATES) == (bare, across)
 
 
 def test_elements_are_whole_words_without_punctuation_around() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import fake_refiner
@@ -48,6 +48,7 @@ class Script:
     verdicts: Sequence[tuple[Gradient, ...]] = ()
     critiques: list[str] = field(default_factory=list)
     judged: list[str] = field(default_factory=list)
+    widened: list[str] = field(default_factory=list)
 
     def rewrite(self, critique: str) -> Rewrite:
         self.critiques.append(critique)
@@ -58,6 +59,10 @@ class Script:
         self.judged.append(text)
         return self.verdicts[len(self.judged) - 1]
 
+    def widen(self, text: str, found: Sequence[Gradient]) -> tuple[Gradient, ...]:
+        self.widened.append(text)
+        return tuple(replace(item, text=f"{item.category}: all of it") for item in found)
+
     def run(self, found: tuple[Gradient, ...] = (VIOLENCE,), max_steps: int = 3) -> Repair:
         return repair(
             PROMPT,
@@ -65,6 +70,7 @@ class Script:
             compose=lambda left: " / ".join(item.text for item in left),
             rewrite=self.rewrite,
             judge=self.judge,
+            widen=self.widen,
             is_control=LANGUAGE.has_control,
             least_kept=0.6,
             max_steps=max_steps,
@@ -118,7 +124,6 @@ def test_after_the_last_step_it_is_given_up(max_steps: int) -> None:
     [
         (written(""), "it is empty"),
         (written(SAFE, ended=False), "it is too long"),
-        (written(PROMPT), "it changes nothing"),
     ],
 )
 def test_an_unacceptable_rewrite_ends_the_loop_unjudged(made: Rewrite, wrong: str) -> None:
@@ -129,9 +134,34 @@ def test_an_unacceptable_rewrite_ends_the_loop_unjudged(made: Rewrite, wrong: st
     assert script.judged == []
 
 
+def test_a_text_that_comes_back_is_tried_once_more_with_more_of_it_quoted() -> None:
+    script = Script([PROMPT, SAFE], [()])
+    done = script.run()
+    assert done.refined == SAFE
+    assert script.critiques == [VIOLENCE.text, "violence: all of it"]
+    assert script.widened == [PROMPT]
+    assert [step.problem for step in done.steps] == ["it changes nothing", None]
+
+
+def test_a_text_that_comes_back_twice_is_given_up() -> None:
+    script = Script([PROMPT] * 9)
+    done = script.run(max_steps=9)
+    assert done.reason == "the rewrite was not accepted: it changes nothing"
+    assert [step.critique for step in done.steps] == [VIOLENCE.text, "violence: all of it"]
+    assert len(Script([PROMPT] * 9).run(max_steps=1).steps) == 1
+
+
+def test_what_is_quoted_is_of_the_text_that_was_judged() -> None:
+    still = PROMPT.replace("a bomb", "a small device")
+    script = Script([still, still, SAFE], [(PRIVACY,), ()])
+    assert script.run().refined == SAFE
+    assert script.widened == [still]
+    assert script.critiques[1:] == [PRIVACY.text, "privacy: all of it"]
+
+
 def test_a_later_rewrite_is_held_against_the_first_prompt() -> None:
     """The second step may come back to the prompt itself; that is no rewrite."""
-    script = Script([SAFE, PROMPT], [(VIOLENCE,)])
+    script = Script([SAFE, PROMPT, PROMPT], [(VIOLENCE,)])
     done = script.run()
     assert done.refined is None
     assert done.steps[1].problem == "it changes nothing"
