@@ -9,6 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import lance_edge
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -17,7 +19,10 @@ def environment(*packages: str) -> dict[str, Any]:
     return {
         "cpu": _cpu(),
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in ("lance-edge", "numpy", *packages)},
+        "versions": {
+            "lance-edge": lance_edge.__version__,
+            **{name: metadata.version(name) for name in ("numpy", *packages)},
+        },
         "commit": _git("rev-parse", "--short", "HEAD")
         + ("+" if _git("status", "--porcelain") else ""),
     }

@@ -21,7 +21,7 @@ import onnx
 from onnx import NodeProto
 
 from lance_edge.errors import ExportError
-from lance_edge_engines import open_session
+from lance_edge_engines import Session, open_session
 from lance_edge_export.graph import FLOAT, Graph, node
 
 Feed = Mapping[str, npt.NDArray[Any]]
@@ -63,9 +63,10 @@ def row_wise_int8(
     replacements: dict[str, list[NodeProto]] = {}
     for source, layers in sources.items():
         weights = [graph.constants[layer.input[1]].astype(np.float64) for layer in layers]
-        if rows:
-            scheme = choose_scheme(rows[source], weights)
-            met = rows[source] / scheme.balance
+        if feeds:
+            met = rows.pop(source).astype(np.float64)
+            scheme = choose_scheme(met, weights)
+            met /= scheme.balance
             quantised = [round_for_output(w * scheme.balance[:, None], met) for w in weights]
         else:
             scheme = Scheme(np.ones(len(weights[0])), ZERO_POINTS[0])
@@ -107,30 +108,41 @@ def layer_errors(
     sqrt(sum (y' - y)^2 / sum y^2) over all feeds, the errors of the layers before it included
     """
     names = list(linear_layers(before))
-    wanted, found = (observe(model, names, feeds) for model in (before, after))
-    errors = {
-        name: float(np.linalg.norm(found[name] - wanted[name]) / np.linalg.norm(wanted[name]))
-        for name in names
-    }
+    moved, size = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+    sessions = [watching(model, names) for model in (before, after)]
+    for feed in feeds:
+        wanted, found = (session.run(feed) for session in sessions)
+        for name in names:
+            expected = wanted[name].astype(np.float64)
+            moved[name] += float(np.square(found[name] - expected).sum())
+            size[name] += float(np.square(expected).sum())
+    for session in sessions:
+        session.close()
+    errors = {name: (moved[name] / size[name]) ** 0.5 for name in names}
     return dict(sorted(errors.items(), key=lambda item: -item[1]))
 
 
 def observe(
     model: onnx.ModelProto, names: Sequence[str], feeds: Sequence[Feed]
-) -> dict[str, npt.NDArray[np.float64]]:
+) -> dict[str, npt.NDArray[np.float32]]:
     """The values of some tensors over all feeds, as rows  [rows, K]"""
-    watched = onnx.ModelProto()
-    watched.CopyFrom(model)
-    # Without a type: the runtime infers it.
-    watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    session = open_session(watched.SerializeToString(), "cpu")
+    session = watching(model, names)
     seen: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in names}
     for feed in feeds:
         outputs = session.run(feed)
         for name in names:
             seen[name].append(outputs[name].reshape(-1, outputs[name].shape[-1]))
     session.close()
-    return {name: np.concatenate(values).astype(np.float64) for name, values in seen.items()}
+    return {name: np.concatenate(seen.pop(name)) for name in names}
+
+
+def watching(model: onnx.ModelProto, names: Sequence[str]) -> Session:
+    """A session on the CPU whose outputs are these tensors too."""
+    watched = onnx.ModelProto()
+    watched.CopyFrom(model)
+    # Without a type: the runtime infers it.
+    watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    return open_session(watched.SerializeToString(), "cpu")
 
 
 @dataclass(frozen=True)
