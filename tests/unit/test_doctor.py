@@ -356,7 +356,7 @@ def test_this_machine_is_examined_for_real(tiny_bundle: Path) -> None:
 
 
 def test_the_table_shows_facts_findings_and_remedies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gather, "gather", lambda bundle: ORIN)
+    monkeypatch.setattr(gather, "gather", lambda bundle, public_key: ORIN)
     done = invoke()
     lines = done.stdout.splitlines()
     assert done.exit_code == 0
@@ -372,7 +372,7 @@ def test_the_table_shows_facts_findings_and_remedies(monkeypatch: pytest.MonkeyP
 
 
 def test_what_is_broken_ends_in_exit_code_3(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gather, "gather", lambda bundle: MACHINES["damaged bundle"][0])
+    monkeypatch.setattr(gather, "gather", lambda bundle, public_key: MACHINES["damaged bundle"][0])
     done = invoke()
     assert done.exit_code == 3
     assert "broken   the bundle cannot be used: screener.onnx was cut short" in done.stdout
