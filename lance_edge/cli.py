@@ -97,6 +97,14 @@ PublicKeyOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+PlansOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--plans",
+        help="Folder that `lance-edge plan` wrote; TensorRT runs what it has plans of.",
+        show_default="none",
+    ),
+]
 PromptsArgument = Annotated[
     list[str],
     typer.Argument(help="Texts, files, globs, or - for standard input.", show_default=False),
@@ -216,6 +224,7 @@ def screen(
     bundle: BundleOption = None,
     public_key: PublicKeyOption = None,
     device: DeviceOption = "auto",
+    plans: PlansOption = None,
 ) -> int:
     """Screen prompts: one per line, JSON line or CSV row."""
     items = read_items(prompts, field, input_format, text)
@@ -228,6 +237,7 @@ def screen(
         threads=threads,
         max_chars=max_chars,
         public_key=public_key,
+        plans=plans,
     ) as pipeline:
         report = Report(sys.stdout, output_format, with_prompt, explain)
         return code_of(each_verdict(pipeline, pipeline.judge, items, report, batch, quiet))
@@ -256,10 +266,11 @@ def refine(
     bundle: BundleOption = None,
     public_key: PublicKeyOption = None,
     device: DeviceOption = "auto",
+    plans: PlansOption = None,
 ) -> int:
     """Screen prompts, and rewrite those that can be repaired. Needs `lance-edge pull` once."""
     items = read_items(prompts, field, input_format, text)
-    offer_pull(bundle, public_key)
+    offer_pull(bundle, public_key, plans)
     rules = read_policy(policy_file)
     if max_steps is not None:
         rules["max_steps"] = max_steps
@@ -272,6 +283,7 @@ def refine(
         threads=threads,
         max_chars=max_chars,
         public_key=public_key,
+        plans=plans,
     ) as pipeline:
         _ = pipeline.refiner  # before the first prompt is read
         report = Report(sys.stdout, output_format, with_prompt, explain)
@@ -405,12 +417,14 @@ def verify(
     bundle: BundleOption = None,
     public_key: PublicKeyOption = None,
     device: DeviceOption = "auto",
+    plans: PlansOption = None,
 ) -> int:
     """Check the bundle's hashes, and that it computes here what it computed when exported."""
     from lance_edge.cache import open_weights, weights_path
+    from lance_edge.graphs import open_graphs
     from lance_edge.verify import check_goldens
 
-    with load(bundle, device, looks="1", public_key=public_key) as pipeline:
+    with load(bundle, device, looks="1", public_key=public_key, plans=plans) as pipeline:
         if public_key is not None:
             typer.echo(f"signed   by the owner of {public_key}")
         names = pipeline.bundle.verify()
@@ -419,7 +433,8 @@ def verify(
         if spec is not None and weights_path(pipeline.bundle, spec).is_file():
             open_weights(pipeline.bundle, spec)
             typer.echo("refiner  its weights agree with the manifest")
-        check = check_goldens(pipeline)
+        plan = open_graphs(pipeline.bundle, device, plans=plans).plans.get("screener")
+        check = check_goldens(pipeline, plan.precision if plan else None)
         typer.echo(
             f"goldens  {check.prompts} prompts on {pipeline.device}: severities differ by at most "
             f"{check.difference:.2e} (allowed {check.tolerance:.0e}), {check.decisions} decisions differ"
@@ -485,14 +500,14 @@ def code_of(counts: Mapping[str, int]) -> int:
     return FLAGGED if counts["flagged"] else 0
 
 
-def offer_pull(bundle: Path | None, public_key: Path | None = None) -> None:
+def offer_pull(bundle: Path | None, public_key: Path | None, plans: Path | None) -> None:
     """Ask a person at a terminal whether to make the refiner's weights, if they are missing."""
     from lance_edge.bundle import open_bundle
-    from lance_edge.cache import weights_path
+    from lance_edge.graphs import open_graphs
 
     opened = open_bundle(bundle, public_key)
     spec = opened.manifest.refiner
-    if spec is None or spec.base is None or weights_path(opened, spec).is_file():
+    if spec is None or spec.base is None or open_graphs(opened, "auto", plans=plans).has_refiner():
         return
     if sys.stdin.isatty() and sys.stderr.isatty():
         question = (

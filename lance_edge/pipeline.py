@@ -15,10 +15,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from lance_edge.bundle import Bundle, RefinerSpec, open_bundle
-from lance_edge.cache import open_weights, weights_path
 from lance_edge.decoder import Decoder
 from lance_edge.errors import BundleError, InvalidOption, InvalidPrompt
 from lance_edge.gradient import critique, gradients, widened
+from lance_edge.graphs import Graphs, open_graphs
 from lance_edge.language import LanguageTokenizer
 from lance_edge.policy import Policy, policy
 from lance_edge.refiner import Reading, Refiner, Rewrite
@@ -27,7 +27,7 @@ from lance_edge.screener import FloatArray, Labels, Screener, both_looks
 from lance_edge.spans import hazard_spans
 from lance_edge.tokenizer import Tokenizer, Window
 from lance_edge.verdict import Gradient, Timings, Verdict
-from lance_edge_engines import BACKENDS, SessionError, open_session
+from lance_edge_engines import BACKENDS, SessionError
 
 Looks = Literal["1", "2", "auto"]
 
@@ -295,6 +295,7 @@ def load(
     threads: int | None = None,
     max_chars: int = MAX_CHARS,
     public_key: str | os.PathLike[str] | None = None,
+    plans: str | os.PathLike[str] | None = None,
 ) -> Pipeline:
     """A pipeline from a bundle's folder; the default bundle if none is given.
 
@@ -309,9 +310,12 @@ def load(
     max_chars   longer prompts are refused: they are read in full, which takes time
     public_key  PEM file; only a bundle that its owner signed is loaded. $LANCE_EDGE_PUBLIC_KEY if
                 none is given; without either, signatures are not looked at
+    plans       folder that `lance-edge plan` wrote: TensorRT runs the graphs that it has plans of, on
+                the first GPU, and `device` those that it has not
 
     Raises BundleError, InvalidOption (also for looks="2" where the refiner has no second look),
-    lance_edge_engines.DeviceUnavailable, or, with looks="2", RefinerMissing.
+    lance_edge_engines.DeviceUnavailable, SessionError for plans that do not fit the bundle or this
+    machine, or, with looks="2", RefinerMissing.
     """
     if threads is not None and threads < 1:
         raise InvalidOption(f"threads must be at least 1, not {threads}")
@@ -331,23 +335,26 @@ def load(
         )
     spec = opened.manifest.screener
     tokenizer = Tokenizer(opened.read(spec.tokenizer), spec.window, spec.overlap)
-    session = open_session(opened.read(spec.graph), device, threads)
+    graphs = open_graphs(opened, device, threads, None if plans is None else Path(plans))
+    session = graphs.screener()
+    if "screener" not in graphs.plans:
+        graphs = replace(graphs, device=session.device)  # what "auto" chose
     calibration = [opened.calibration[name] for name in chosen.categories]
     screener = Screener(session, calibration)
-    if looks == "auto" and (refiner is None or not weights_path(opened, refiner).is_file()):
+    if looks == "auto" and not graphs.has_refiner():
         looks = "1"
-    opener = partial(open_refiner, opened, refiner, screener.device, threads) if refiner else None
+    opener = partial(open_refiner, graphs, refiner) if refiner else None
     pipeline = Pipeline(opened, tokenizer, screener, chosen, max_chars, looks, opener)
     if looks == "2":
         _ = pipeline.refiner  # a second look that cannot be had is an error now, not later
     return pipeline
 
 
-def open_refiner(bundle: Bundle, spec: RefinerSpec, device: str, threads: int | None) -> Refiner:
-    """The bundle's refiner on a device. Raises RefinerMissing, BundleError, SessionError."""
+def open_refiner(graphs: Graphs, spec: RefinerSpec) -> Refiner:
+    """The bundle's refiner. Raises RefinerMissing, BundleError, SessionError."""
+    bundle = graphs.bundle
     tokenizer = LanguageTokenizer(bundle.read(spec.tokenizer), spec.template)
-    weights = open_weights(bundle, spec)
-    session = open_session(bundle.read(spec.graph), device, threads, weights)
+    session = graphs.refiner(spec)
     decoder = Decoder(session, bundle.arrays(spec.prefix), len(tokenizer.prefix), spec.context)
     look = bundle.second_look()
     calibration = [look.calibration[category.name] for category in bundle.categories]

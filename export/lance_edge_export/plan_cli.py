@@ -74,7 +74,7 @@ def plan(
 ) -> int:
     """Build TensorRT plans of the screener and the refiner, which `tensorrt` or `tensorrt_rtx` run."""
     from lance_edge.bundle import open_bundle
-    from lance_edge_export.plan_graphs import PARTS
+    from lance_edge.graphs import PARTS
     from lance_edge_export.to_plan import PlanOptions, build_plans, summary
 
     options = PlanOptions(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
 
 import onnx
 
@@ -13,6 +12,7 @@ from lance_edge.bundle import Bundle, RefinerSpec
 from lance_edge.cache import open_weights
 from lance_edge.draft import LONGEST
 from lance_edge.errors import ExportError
+from lance_edge.graphs import Part, sources
 from lance_edge.language import LanguageTokenizer
 from lance_edge.refiner import CRITIQUE_TOKENS
 from lance_edge.screener import PAD_MULTIPLE, RUN_TOKENS
@@ -25,9 +25,6 @@ from lance_edge_export.plain_decoder import (
     plain_layout,
     plain_weights,
 )
-
-Part = Literal["screener", "refiner"]
-PARTS: tuple[Part, ...] = get_args(Part)
 
 ROWS = RUN_TOKENS // PAD_MULTIPLE  # windows in one run of the screener, at most
 VERIFY = LONGEST + 1  # rows of a step: a draft and the token before it
@@ -96,16 +93,6 @@ def write_refiner(bundle: Bundle, precision: FloatPrecision, folder: Path) -> Pl
     graph = plain_decoder_graph(spec.shape, categories, precision, spec.context)
     path.write_bytes(graph.SerializeToString())
     return PlanGraph("refiner", path, sources(bundle, "refiner"), refiner_profiles(bundle, spec))
-
-
-def sources(bundle: Bundle, part: Part) -> dict[str, str]:
-    """What a part's plan is made from: the bundle's file names and their SHA-256."""
-    files = bundle.manifest.files
-    if part == "screener":
-        graph = bundle.manifest.screener.graph
-        return {graph: files[graph].sha256}
-    spec = refiner_spec(bundle)
-    return {spec.graph: files[spec.graph].sha256, WEIGHTS: spec.weights.sha256}
 
 
 def refiner_spec(bundle: Bundle) -> RefinerSpec:

@@ -15,6 +15,7 @@ from lance_edge.bundle import ScreenerSpec
 from lance_edge.errors import ExportError, ParityError
 from lance_edge.screener import pad
 from lance_edge.tokenizer import Tokenizer, Window
+from lance_edge.verify import TOLERANCE
 from lance_edge_engines import open_session
 from lance_edge_export.checkpoint import Checkpoint
 from lance_edge_export.fusion import fusion
@@ -25,10 +26,6 @@ from lance_edge_export.parity import BOUNDS, compare, gate, severities
 from lance_edge_export.quantise import Feed, layer_errors, row_wise_int8
 from lance_edge_export.to_onnx import export_screener
 from lance_edge_training.evaluate import network_session
-
-# Between machines: the order of sums, and with int8 the roundings it flips (5.7e-3 between
-# onnxruntime 1.23 and 1.31).
-TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2, "int8": 2e-2}
 
 CALIBRATION_PROMPTS = 256  # whose activations the quantiser looks at; no labels are used
 REPORTED_PROMPTS = 16  # on which the layers' errors are measured

@@ -16,11 +16,12 @@ from pathlib import Path
 
 from lance_edge.bundle import Bundle
 from lance_edge.errors import ExportError, InvalidOption
+from lance_edge.graphs import Part
 from lance_edge_engines.plan_record import RECORD, PlanEntry, PlanRecord, RuntimeName
 from lance_edge_engines.trt import import_runtime
 from lance_edge_export.build_plan import Built, Job, answer_path, known_targets
 from lance_edge_export.plain_decoder import FloatPrecision
-from lance_edge_export.plan_graphs import Part, PlanGraph, write_graph
+from lance_edge_export.plan_graphs import PlanGraph, write_graph
 
 Report = Callable[[str, float], None]  # what is being done, and which share of it is done
 

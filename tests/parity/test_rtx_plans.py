@@ -13,11 +13,12 @@ import tiny_refiner
 import lance_edge
 from lance_edge.bundle import open_bundle
 from lance_edge.errors import ExportError
+from lance_edge.graphs import Part
 from lance_edge_engines.cuda import Gpu
 from lance_edge_engines.plan_record import check_plan, read_record
 from lance_edge_export.build_plan import Built, known_targets
 from lance_edge_export.plain_decoder import FloatPrecision
-from lance_edge_export.plan_graphs import Part, write_graph
+from lance_edge_export.plan_graphs import write_graph
 from lance_edge_export.to_plan import PlanOptions, build_part, build_plans, job_of, run_build
 
 trt: Any = pytest.importorskip(

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -19,17 +21,21 @@ import tiny
 import tiny_refiner
 from fake_tensorrt import ORIN, FakeMemory
 from tiny_refiner import SHAPE
+from typer.testing import CliRunner
 
-from lance_edge.bundle import open_bundle
+import lance_edge
+from lance_edge import cli
+from lance_edge.bundle import Calibration, open_bundle
 from lance_edge.decoder import Decoder
+from lance_edge.graphs import sources
+from lance_edge.refiner import Refiner
 from lance_edge.weights import make_weights
-from lance_edge_engines import DeviceUnavailable, SessionError, cuda, open_session
+from lance_edge_engines import DeviceUnavailable, SessionError, cuda, open_session, trt
 from lance_edge_engines.cuda import Device, Gpu
 from lance_edge_engines.plan_record import PlanStale, read_record
 from lance_edge_engines.trt import MODULES, import_runtime, open_plan
 from lance_edge_export import build_plan, to_plan
 from lance_edge_export.plain_decoder import plain_decoder_graph, plain_layout, plain_weights
-from lance_edge_export.plan_graphs import sources
 from lance_edge_export.to_plan import PlanOptions, build_plans
 
 APIS = {
@@ -236,6 +242,123 @@ def test_a_failed_run_leaves_the_state_as_it_was(plans: Plans, memory: FakeMemor
         decoder.step(cache, [10**6, 3])
     assert cache.state.read("key.0").tolist() == before
     session.close()
+
+
+# A pipeline on plans
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What opens plans finds a GPU."""
+    monkeypatch.setattr(trt, "Device", lambda number: FakeMemory(Gpu("Fake 3000", "sm_86")))
+
+
+@pytest.fixture
+def not_pulled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Asked for after the plans were built: the machine that runs them never pulled the weights."""
+    monkeypatch.setenv("LANCE_EDGE_CACHE", str(tmp_path / "empty"))
+
+
+PROMPTS = ["hello the cake", "hello the bomb", "kill safely", "the minor", "spy " * 60]
+
+
+def test_a_pipeline_on_plans_says_what_its_graphs_say(
+    api: str, plans: Plans, gpu: None, refining: Path
+) -> None:
+    with (
+        lance_edge.load(refining, "cpu", threads=1, looks="1") as expected,
+        lance_edge.load(refining, threads=1, looks="1", plans=plans("screener")) as planned,
+    ):
+        assert (planned.device, expected.device) == (api, "cpu")
+        for found, wanted in zip(
+            planned.screen_many(PROMPTS), expected.screen_many(PROMPTS), strict=True
+        ):
+            assert found.severity == wanted.severity
+            assert (found.decision, found.spans) == (wanted.decision, wanted.spans)
+            assert found.device == api
+
+
+def test_plans_need_no_pulled_weights(
+    plans: Plans, gpu: None, refining: Path, request: pytest.FixtureRequest
+) -> None:
+    """Both plans hold their weights; the second look, which is the refiner's, is taken too."""
+    folder = plans("screener", "refiner")
+    request.getfixturevalue("not_pulled")
+    with lance_edge.load(refining, plans=folder) as pipeline:
+        assert pipeline.screen("kill safely").look == 2
+        refiner = pipeline.refiner
+        reading = refiner.read("hello the bomb")
+        found = refiner.rewrite(reading, "violence: no violence")
+        verdict = pipeline.refine("hello the bomb")
+        assert verdict.steps and verdict.decision in ("rewrite", "block")
+        assert verdict.steps[0].critique
+    with refiner_on_the_cpu() as reference:
+        wanted = reference.rewrite(reference.read("hello the bomb"), "violence: no violence")
+    assert (found.ids, found.steps, found.accepted) == (wanted.ids, wanted.steps, wanted.accepted)
+
+
+@contextmanager
+def refiner_on_the_cpu() -> Iterator[Refiner]:
+    """The decoder that plans are made from, in ONNX Runtime."""
+    neutral = [Calibration(slope=1.0, intercept=0.0, threshold=0.5) for _ in tiny.CATEGORIES]
+    refiner = Refiner(
+        reference_decoder(),
+        tiny_refiner.language(),
+        neutral,
+        tiny_refiner.PROMPT_TOKENS,
+        tiny_refiner.LEAST_KEPT,
+    )
+    yield refiner
+    refiner.close()
+
+
+def test_what_has_no_plan_runs_on_the_device(
+    api: str, plans: Plans, gpu: None, refining: Path
+) -> None:
+    with lance_edge.load(refining, "cpu", threads=1, plans=plans("screener")) as pipeline:
+        assert (pipeline.screener.device, pipeline.refiner.decoder.device) == (api, "cpu")
+
+
+def test_a_pipeline_refuses_another_bundles_plans(
+    api: str, plans: Plans, gpu: None, refining: Path, tmp_path: Path
+) -> None:
+    folder = plans("screener")
+    path = folder / "plan.json"
+    values = json.loads(path.read_text())
+    values["plans"]["screener"]["sources"] = {"screener.onnx": "0" * 64}
+    path.write_text(json.dumps(values))
+    with pytest.raises(PlanStale, match=r"was built from another screener.onnx than the bundle's"):
+        lance_edge.load(refining, plans=folder)
+    with pytest.raises(SessionError, match=r"plan.json is missing; build plans with `lance-edge"):
+        lance_edge.load(refining, plans=tmp_path)
+
+
+def test_commands_take_plans(
+    api: str, plans: Plans, gpu: None, refining: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = plans("screener", "refiner", precision="fp16")
+    request.getfixturevalue("not_pulled")
+    options = ["--bundle", str(refining), "--plans", str(folder)]
+    flagged = CliRunner().invoke(
+        cli.app, ["screen", "hello the bomb", "--format", "json", *options]
+    )
+    (record,) = json.loads(flagged.stdout)
+    assert (flagged.exit_code, record["device"], record["decision"]) == (1, api, "rewrite")
+    refined = CliRunner().invoke(cli.app, ["refine", "hello the bomb", "-q", *options])
+    assert refined.exit_code == 1, refined.output
+    verified = CliRunner().invoke(cli.app, ["verify", *options])
+    assert verified.exit_code == 0, verified.output
+    # The bundle's own 1e-5, and what fp16 adds.
+    assert f" prompts on {api}: " in verified.stdout and "(allowed 1e-02)" in verified.stdout
+
+
+def test_a_missing_folder_of_plans_is_said(refining: Path, tmp_path: Path) -> None:
+    missing = tmp_path / "nowhere"
+    result = CliRunner().invoke(
+        cli.app, ["refine", "hello", "--bundle", str(refining), "--plans", str(missing)]
+    )
+    assert result.exit_code == 3
+    assert "plan.json is missing; build plans with `lance-edge plan" in result.stderr
 
 
 # Whether a plan fits

@@ -1,0 +1,89 @@
+"""A bundle's graphs as sessions: plans of them where a folder has some, else on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+from lance_edge.bundle import Bundle, RefinerSpec
+from lance_edge.cache import open_weights, weights_path
+from lance_edge.errors import BundleError
+from lance_edge.weights import WEIGHTS
+from lance_edge_engines import Session, open_session
+
+if TYPE_CHECKING:
+    from lance_edge_engines.plan_record import PlanEntry
+
+Part = Literal["screener", "refiner"]
+PARTS: tuple[Part, ...] = get_args(Part)
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """A bundle's graphs, and where each of them runs.
+
+    device   "auto" or one of `lance_edge_engines.BACKENDS`, for graphs without a plan
+    threads  CPU threads for one run; None for one per physical core
+    plans    what `lance-edge plan` built, by part; they lie in `folder`
+    """
+
+    bundle: Bundle
+    device: str
+    threads: int | None
+    plans: Mapping[str, PlanEntry]
+    folder: Path | None
+
+    def screener(self) -> Session:
+        """Raises SessionError; DeviceUnavailable and PlanStale are such."""
+        if "screener" in self.plans:
+            return self._planned("screener")
+        graph = self.bundle.read(self.bundle.manifest.screener.graph)
+        return open_session(graph, self.device, self.threads)
+
+    def refiner(self, spec: RefinerSpec) -> Session:
+        """Raises RefinerMissing, BundleError, SessionError. A plan holds its weights."""
+        if "refiner" in self.plans:
+            return self._planned("refiner")
+        weights = open_weights(self.bundle, spec)
+        return open_session(self.bundle.read(spec.graph), self.device, self.threads, weights)
+
+    def has_refiner(self) -> bool:
+        """Whether the bundle has a refiner, and its weights are on this machine."""
+        spec = self.bundle.manifest.refiner
+        return spec is not None and (
+            "refiner" in self.plans or weights_path(self.bundle, spec).is_file()
+        )
+
+    def _planned(self, part: Part) -> Session:
+        from lance_edge_engines.trt import open_plan  # the runtime, for those who have plans
+
+        assert self.folder is not None
+        return open_plan(self.folder, part, sources(self.bundle, part))
+
+
+def open_graphs(
+    bundle: Bundle, device: str, threads: int | None = None, plans: Path | None = None
+) -> Graphs:
+    """`plans` is a folder that `lance-edge plan` wrote. Raises SessionError if it is not."""
+    if plans is None:
+        return Graphs(bundle, device, threads, {}, None)
+    from lance_edge_engines.plan_record import read_record
+
+    return Graphs(bundle, device, threads, read_record(plans).plans, plans)
+
+
+def sources(bundle: Bundle, part: Part) -> dict[str, str]:
+    """What a part's plan is made from: the bundle's file names and their SHA-256.
+
+    Raises BundleError if the bundle has no such part.
+    """
+    files = bundle.manifest.files
+    if part == "screener":
+        graph = bundle.manifest.screener.graph
+        return {graph: files[graph].sha256}
+    spec = bundle.manifest.refiner
+    if spec is None:
+        raise BundleError(f"{bundle.path} has no refiner")
+    return {spec.graph: files[spec.graph].sha256, WEIGHTS: spec.weights.sha256}
