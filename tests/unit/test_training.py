@@ -308,6 +308,37 @@ def test_another_seed_gives_other_weights(train: Train, trained: Path, tmp_path:
     assert (tmp_path / name).read_bytes() != (trained / name).read_bytes()
 
 
+def test_a_run_may_start_from_the_weights_of_another(
+    train: Train, tmp_path: Path, monkeypatch: Any
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert train("--out", first, "--epochs", 1, "--save-every", 1).exit_code == 0
+    begun: list[dict[str, torch.Tensor]] = []
+    step = trainer.Trainer.train_step
+
+    def recorded(self: trainer.Trainer, batch: Batch) -> dict[str, float]:
+        assert self.enhancer is not None
+        modules = {"screener": self.screener, "enhancer": self.enhancer}
+        begun.append({k: v for m in modules for k, v in _named(m, modules[m])})
+        return step(self, batch)
+
+    monkeypatch.setattr(trainer.Trainer, "train_step", recorded)
+    options = ("--epochs", 1, "--encoder-rate", 1e-5, "--seed", 18)
+    assert train("--out", second, *options, "--start", first / "training.pt").exit_code == 0
+    saved = torch.load(first / "training.pt", weights_only=True)
+    for name in ("screener", "enhancer"):
+        for key, value in saved[name].items():
+            assert torch.equal(begun[0][f"{name}.{key}"], value), key
+    provenance = json.loads((second / "screener.json").read_text())["provenance"]
+    assert provenance["settings"]["encoder_rate"] == 1e-5
+    assert provenance["started_from"]["settings"]["epochs"] == 1
+    assert (second / "head.safetensors").read_bytes() != (first / "head.safetensors").read_bytes()
+
+
+def _named(name: str, module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [(f"{name}.{key}", value.clone()) for key, value in module.state_dict().items()]
+
+
 def test_the_checkpoint_says_what_it_was_made_from(trained: Path) -> None:
     description = json.loads((trained / "screener.json").read_text())
     assert (description["head"], description["window"], description["overlap"]) == (

@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
@@ -49,6 +50,12 @@ def load_screener(folder: Path) -> tuple[Screener, dict[str, Any]]:
     screener = new_screener(folder, len(taxonomy), description["head"], attention="eager")
     screener.head.load_state_dict(load_file(folder / "head.safetensors"))
     return screener.eval(), description
+
+
+def earlier_run(path: Path) -> dict[str, Any]:
+    """What became of the run that left this training.pt: its settings and the step it reached."""
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    return {"settings": saved["settings"], "step": saved["step"]}
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -25,7 +25,7 @@ import lance_edge
 from lance_edge.bundle import Template, default_bundle
 from lance_edge.language import LanguageTokenizer
 from lance_edge_training.base_model import base_tokenizer, load_base
-from lance_edge_training.checkpoint import write_json
+from lance_edge_training.checkpoint import earlier_run, write_json
 from lance_edge_training.lowrank import add_low_rank, low_rank_layers
 from lance_edge_training.model import Enhancer, Head, Reading
 from lance_edge_training.objective import Weights, variational_terms
@@ -200,12 +200,6 @@ class RefinerTrainer:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.schedule.load_state_dict(saved["schedule"])
         self.step = saved["step"]
-
-
-def earlier_run(path: Path) -> dict[str, Any]:
-    """What became of the run that left this training.pt: its settings and the step it reached."""
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    return {"settings": saved["settings"], "step": saved["step"]}
 
 
 def save_refiner(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lance_edge.tokenizer import Tokenizer
-from lance_edge_training.checkpoint import new_screener, save_screener
+from lance_edge_training.checkpoint import earlier_run, new_screener, save_screener
 from lance_edge_training.data import (
     Batch,
     Corpus,
@@ -87,6 +87,13 @@ class Trainer:
             weight_decay=settings.weight_decay,
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
+
+    def start_from(self, path: Path) -> None:
+        """Take over the weights of an earlier run's training.pt; its optimiser and position stay."""
+        saved = torch.load(path, map_location=self.device, weights_only=True)
+        self.screener.load_state_dict(saved["screener"])
+        if self.enhancer is not None:
+            self.enhancer.load_state_dict(saved["enhancer"])
 
     def run(self, checkpoint: Path, save_every: int) -> None:
         """Train to the end, saving to `checkpoint` every `save_every` steps."""
@@ -202,6 +209,12 @@ def main(
     easy_share: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Of the coarse benign rows, in each epoch.")
     ] = Settings.easy_share,
+    encoder_rate: Annotated[
+        float, typer.Option(min=0.0, help="Highest learning rate of the encoder.")
+    ] = Settings.encoder_rate,
+    start: Annotated[
+        Path | None, typer.Option(help="training.pt of an earlier run, to go on from its weights.")
+    ] = None,
     seed: Annotated[int, typer.Option()] = Settings.seed,
     device: Annotated[str, typer.Option(help="cpu, or cuda:0")] = "cpu",
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 200,
@@ -215,6 +228,7 @@ def main(
         epochs=epochs,
         rows=rows,
         easy_share=easy_share,
+        encoder_rate=encoder_rate,
         seed=seed,
     )
     entries = json.loads(taxonomy.read_text(encoding="utf-8"))
@@ -247,6 +261,8 @@ def main(
         device,
         bf16,
     )
+    if start:
+        trainer.start_from(start)
     typer.echo(
         f"{len(examples)} rows, {trainer.steps} steps on {device}, {'bf16' if bf16 else 'fp32'}",
         err=True,
@@ -259,6 +275,7 @@ def main(
         "overlap": settings.overlap,
         "provenance": {
             "settings": asdict(settings),
+            "started_from": earlier_run(start) if start else None,
             "weights": asdict(weights),
             "rows": len(examples),
             "sources": sources,
