@@ -434,7 +434,7 @@ def verify(
             open_weights(pipeline.bundle, spec)
             typer.echo("refiner  its weights agree with the manifest")
         plan = open_graphs(pipeline.bundle, device, plans=plans).plans.get("screener")
-        check = check_goldens(pipeline, plan.precision if plan else None)
+        check = check_goldens(pipeline, plan)
         typer.echo(
             f"goldens  {check.prompts} prompts on {pipeline.device}: severities differ by at most "
             f"{check.difference:.2e} (allowed {check.tolerance:.0e}), {check.decisions} decisions differ"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lance_edge.pipeline import Pipeline
+from lance_edge_engines.plan_record import PlanEntry
 
 # How far severities may be from the goldens, by precision. Between machines: the order of sums, and
 # with int8 the roundings it flips (5.7e-3 between onnxruntime 1.23 and 1.31).
@@ -31,10 +32,10 @@ class GoldenCheck:
         return self.difference <= self.tolerance and self.decisions == 0
 
 
-def check_goldens(pipeline: Pipeline, plan: str | None = None) -> GoldenCheck:
+def check_goldens(pipeline: Pipeline, plan: PlanEntry | None = None) -> GoldenCheck:
     """Screen the bundle's golden prompts and compare.
 
-    plan  the precision of the plan that the screener runs as; None if it runs as the bundle's graph
+    plan  what the screener runs as, if not the bundle's graph: it adds the rounding of its precision
 
     The pipeline must use the bundle's thresholds and the first look alone, as the goldens do.
     """
@@ -49,5 +50,8 @@ def check_goldens(pipeline: Pipeline, plan: str | None = None) -> GoldenCheck:
         golden.decision != verdict.decision
         for golden, verdict in zip(goldens, verdicts, strict=True)
     )
-    tolerance = pipeline.bundle.manifest.screener.tolerance + (TOLERANCE[plan] if plan else 0.0)
+    tolerance = pipeline.bundle.manifest.screener.tolerance
+    if plan is not None:
+        measured = plan.parity and plan.parity["largest_difference"]
+        tolerance += measured or TOLERANCE[plan.precision]
     return GoldenCheck(len(goldens), difference, tolerance, decisions)

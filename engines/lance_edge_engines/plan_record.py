@@ -18,7 +18,7 @@ from lance_edge_engines.cuda import Gpu
 from lance_edge_engines.session import SessionError
 
 RECORD = "plan.json"
-FORMAT = 1
+FORMAT = 2
 
 RuntimeName = Literal["tensorrt", "rtx"]
 # An input's smallest, most likely and largest shape; or value, if the graph takes lengths from it.
@@ -37,7 +37,8 @@ class PlanEntry:
     file, sha256, bytes  where it lies, in the record's folder
     graph_sha256  of the ONNX file that was parsed
     sources       what it was made from: file -> SHA-256, as in the bundle's manifest
-    precision     fp32 or fp16
+    precision     of its products: fp32, fp16, int8 or fp8
+    parity        what 8 bits change on real prompts; None for floating point
     targets       compute capabilities it runs on, as in sm_86; empty for all that the runtime knows
     gpu           the GPU it was built on and for; None if it was built without one
     version_compatible, hardware_compatible   newer runtimes, and other GPUs from sm_80 on, may run it
@@ -54,6 +55,7 @@ class PlanEntry:
     graph_sha256: str
     sources: dict[str, str]
     precision: str
+    parity: dict[str, Any] | None
     targets: tuple[str, ...]
     gpu: str | None
     version_compatible: bool

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from lance_edge.cli import PublicKeyOption, exits
 from lance_edge.errors import InvalidOption
 from lance_edge.report import Steps
+
+if TYPE_CHECKING:
+    from lance_edge_export.plan_graphs import EightBits, PlanPrecision
+
+PROMPTS = Path(__file__).with_name("prompts.jsonl")  # for scales where none are given
 
 app = typer.Typer(
     help="Build TensorRT plans of a bundle.",
@@ -32,7 +38,10 @@ def plan(
         typer.Argument(help="Folder of the bundle; the installed one if none is given."),
     ] = None,
     precision: Annotated[
-        Literal["fp32", "fp16"], typer.Option(help="Of weights and products.")
+        Literal["fp32", "fp16", "int8", "fp8"],
+        typer.Option(
+            help="Of products; int8 and fp8 are the screener's, the refiner is fp16 then."
+        ),
     ] = "fp16",
     only: Annotated[
         Literal["screener", "refiner"] | None,
@@ -60,6 +69,17 @@ def plan(
         Path | None,
         typer.Option(help="File of measured times of kernels, kept between builds (tensorrt)."),
     ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with real prompts (as `screen` reads them), for the scales of int8 and fp8.",
+            show_default="those that came with the package",
+        ),
+    ] = None,
+    keep_fp16: Annotated[
+        list[str] | None,
+        typer.Option(help="A layer of the screener that stays fp16 in int8 and fp8; repeatable."),
+    ] = None,
     version_compatible: Annotated[
         bool, typer.Option("--version-compatible", help="Newer versions may run it (tensorrt).")
     ] = False,
@@ -86,6 +106,7 @@ def plan(
         timing_cache,
         version_compatible,
         hardware_compatible,
+        eight_bits(precision, calibration, keep_fp16 or ()),
     )
     opened = open_bundle(bundle, public_key)
     parts = PARTS if only is None else (only,)
@@ -98,6 +119,29 @@ def plan(
         typer.echo(line)
     typer.echo(f"wrote {out}")
     return 0
+
+
+def eight_bits(
+    precision: PlanPrecision, calibration: Path | None, keep_fp16: Sequence[str]
+) -> EightBits | None:
+    """What int8 and fp8 are made with; None for other precisions. Raises InvalidOption, InputError."""
+    from lance_edge.inputs import read_items
+    from lance_edge_export.plan_graphs import EightBits
+    from lance_edge_export.qdq import EIGHT_BIT
+
+    if precision not in EIGHT_BIT:
+        if calibration is not None or keep_fp16:
+            raise InvalidOption("--calibration and --keep-fp16 are for --precision int8 and fp8")
+        return None
+    path = calibration or PROMPTS
+    if not path.is_file():
+        raise InvalidOption(f"--calibration {path} is not a file")
+    items = [item for item in read_items([str(path)], "prompt", "auto", False) if not item.blank]
+    if bad := next((item for item in items if item.text is None), None):
+        raise InvalidOption(f"{bad.place}: {bad.error}; mend it or leave it out")
+    if not items:
+        raise InvalidOption(f"--calibration {path} holds no prompts")
+    return EightBits([item.text for item in items if item.text is not None], tuple(keep_fp16))
 
 
 def parse_targets(text: str) -> tuple[str, ...]:

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 import onnx
 
 from lance_edge.bundle import Bundle, RefinerSpec
 from lance_edge.cache import open_weights
 from lance_edge.draft import LONGEST
-from lance_edge.errors import ExportError
+from lance_edge.errors import ExportError, ParityError
 from lance_edge.graphs import Part, sources
 from lance_edge.language import LanguageTokenizer
 from lance_edge.refiner import CRITIQUE_TOKENS
 from lance_edge.screener import PAD_MULTIPLE, RUN_TOKENS
+from lance_edge.tokenizer import Tokenizer
 from lance_edge.weights import WEIGHTS, contents
+from lance_edge_engines import open_session
 from lance_edge_engines.plan_record import Profile, Span
 from lance_edge_export.float_screener import float_screener
+from lance_edge_export.parity import BOUNDS, compare, gate, severities
 from lance_edge_export.plain_decoder import (
     FloatPrecision,
     plain_decoder_graph,
     plain_layout,
     plain_weights,
 )
+from lance_edge_export.qdq import EightBit, eight_bit_products
+from lance_edge_export.quantise import REPORTED_PROMPTS, WORST, calibration_feeds, layer_errors
+
+PlanPrecision = Literal["fp32", "fp16", "int8", "fp8"]
 
 ROWS = RUN_TOKENS // PAD_MULTIPLE  # windows in one run of the screener, at most
 VERIFY = LONGEST + 1  # rows of a step: a draft and the token before it
@@ -34,15 +43,31 @@ VERIFY = LONGEST + 1  # rows of a step: a draft and the token before it
 class PlanGraph:
     """One graph, written as ONNX.
 
-    path      with its weights in it or beside it
-    sources   the bundle's files it was made from: name -> SHA-256
-    profiles  lengths that its plan must cover
+    path       with its weights in it or beside it
+    precision  of its products
+    sources    the bundle's files it was made from: name -> SHA-256
+    profiles   lengths that its plan must cover
+    parity     what its 8 bits change; None for floating point
     """
 
     part: Part
     path: Path
+    precision: PlanPrecision
     sources: dict[str, str]
     profiles: list[Profile]
+    parity: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class EightBits:
+    """What 8-bit products are made with.
+
+    prompts    real ones: scales are chosen on them, and the parity gate compares on them
+    keep_fp16  the screener's layers that stay fp16, by name
+    """
+
+    prompts: Sequence[str]
+    keep_fp16: Collection[str] = ()
 
 
 # What a shape may have beyond Llama that `plain_decoder` does not know.
@@ -58,26 +83,76 @@ NOT_PLANNED = {
 }
 
 
-def write_graph(bundle: Bundle, part: Part, precision: FloatPrecision, folder: Path) -> PlanGraph:
+def write_graph(
+    bundle: Bundle,
+    part: Part,
+    precision: PlanPrecision,
+    folder: Path,
+    eight_bits: EightBits | None = None,
+) -> PlanGraph:
     """Write one graph of a bundle into a folder.
 
-    Raises ExportError if the bundle has no such part, RefinerMissing if it was never pulled.
+    eight_bits  what int8 and fp8 need. Only the screener has these; the refiner is fp16 then
+
+    Raises ExportError if the bundle has no such part, RefinerMissing if it was never pulled,
+    ParityError if 8 bits change more than they may.
     """
-    write = {"screener": write_screener, "refiner": write_refiner}[part]
-    return write(bundle, precision, folder)
+    if part == "refiner":
+        return write_refiner(bundle, "fp32" if precision == "fp32" else "fp16", folder)
+    return write_screener(bundle, precision, folder, eight_bits)
 
 
-def write_screener(bundle: Bundle, precision: FloatPrecision, folder: Path) -> PlanGraph:
-    """The screener in floating point."""
+def write_screener(
+    bundle: Bundle, precision: PlanPrecision, folder: Path, eight_bits: EightBits | None = None
+) -> PlanGraph:
+    """The screener in floating point, or with 8-bit products."""
     spec = bundle.manifest.screener
-    if spec.precision == "fp16" and precision == "fp32":
+    if spec.precision == "fp16" and precision != "fp16":
         raise ExportError(
             f"{bundle.path} has an fp16 screener; build its plan with --precision fp16"
         )
     model = onnx.load_model_from_string(bundle.read(spec.graph))
+    parity: dict[str, Any] | None = None
+    if precision == "fp32" or precision == "fp16":
+        graph = float_screener(model, precision)
+    else:
+        assert eight_bits is not None
+        graph, parity = eight_bit_screener(bundle, model, precision, eight_bits)
     path = folder / "screener.onnx"
-    path.write_bytes(float_screener(model, precision).SerializeToString())
-    return PlanGraph("screener", path, sources(bundle, "screener"), screener_profiles(spec.window))
+    path.write_bytes(graph.SerializeToString())
+    made_from, profiles = sources(bundle, "screener"), screener_profiles(spec.window)
+    return PlanGraph("screener", path, precision, made_from, profiles, parity)
+
+
+def eight_bit_screener(
+    bundle: Bundle, model: onnx.ModelProto, form: EightBit, wanted: EightBits
+) -> tuple[onnx.ModelProto, dict[str, Any]]:
+    """The screener with 8-bit products, and what they change against the same graph in fp32.
+
+    Both are computed on the CPU, which takes the scales as TensorRT does; its kernels may round the
+    sums otherwise. Raises ParityError, which names the worst layers.
+    """
+    spec = bundle.manifest.screener
+    tokenizer = Tokenizer(bundle.read(spec.tokenizer), spec.window, spec.overlap)
+    encoded = [tokenizer.encode(prompt) for prompt in wanted.prompts]
+    feeds = calibration_feeds(encoded)
+    floats = float_screener(model, "fp32")
+    graph = eight_bit_products(floats, feeds, form, wanted.keep_fp16)
+    calibration = [bundle.calibration[category.name] for category in bundle.categories]
+    before, after = (
+        severities(open_session(stage.SerializeToString(), "cpu"), encoded, calibration)
+        for stage in (floats, graph)
+    )
+    figures = compare(before, after, np.array([item.threshold for item in calibration]))
+    errors = layer_errors(floats, graph, feeds[:REPORTED_PROMPTS])
+    named = ", ".join(f"{name} ({error:.3f})" for name, error in errors.items())
+    try:
+        gate(form, figures, BOUNDS[form])
+    except ParityError as error:
+        raise ParityError(
+            f"{error}; the layers that moved most: {named[:200]}; --keep-fp16 LAYER keeps one"
+        ) from error
+    return graph, {**figures.to_dict(), "worst_layers": dict(list(errors.items())[:WORST])}
 
 
 def write_refiner(bundle: Bundle, precision: FloatPrecision, folder: Path) -> PlanGraph:
@@ -92,7 +167,8 @@ def write_refiner(bundle: Bundle, precision: FloatPrecision, folder: Path) -> Pl
     path = folder / "refiner.onnx"
     graph = plain_decoder_graph(spec.shape, categories, precision, spec.context)
     path.write_bytes(graph.SerializeToString())
-    return PlanGraph("refiner", path, sources(bundle, "refiner"), refiner_profiles(bundle, spec))
+    made_from, profiles = sources(bundle, "refiner"), refiner_profiles(bundle, spec)
+    return PlanGraph("refiner", path, precision, made_from, profiles)
 
 
 def refiner_spec(bundle: Bundle) -> RefinerSpec:

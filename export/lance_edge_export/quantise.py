@@ -11,7 +11,7 @@ computes the same integers.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ import onnx
 from onnx import NodeProto
 
 from lance_edge.errors import ExportError
+from lance_edge.screener import pad
+from lance_edge.tokenizer import Window
 from lance_edge_engines import Session, open_session
 from lance_edge_export.graph import FLOAT, Graph, node
 
@@ -40,6 +42,10 @@ MIN_COLUMNS = 64
 BALANCE_EXPONENTS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 HESSIAN_DAMPING = 0.01
 HESSIAN_BLOCK = 128
+CALIBRATION_PROMPTS = 256  # whose activations are looked at; no labels are used
+REPORTED_PROMPTS = 16  # on which the layers' errors are measured
+WORST = 5  # layers that are named
+OBSERVED_AT_ONCE = 4  # tensors whose values are held together
 
 
 def row_wise_int8(
@@ -59,12 +65,13 @@ def row_wise_int8(
     for name, candidate in layers_by_name.items():
         if name not in keep_fp32:
             sources[candidate.input[0]].append(candidate)
-    rows = observe(model, list(sources), feeds) if feeds else {}
+    seen = observed(model, list(sources), feeds) if feeds else ((name, None) for name in sources)
     replacements: dict[str, list[NodeProto]] = {}
-    for source, layers in sources.items():
+    for source, rows in seen:
+        layers = sources[source]
         weights = [graph.constants[layer.input[1]].astype(np.float64) for layer in layers]
-        if feeds:
-            met = rows.pop(source).astype(np.float64)
+        if rows is not None:
+            met = rows.astype(np.float64)
             scheme = choose_scheme(met, weights)
             met /= scheme.balance
             quantised = [round_for_output(w * scheme.balance[:, None], met) for w in weights]
@@ -100,6 +107,12 @@ def checked_layers(model: onnx.ModelProto, keep_fp32: Collection[str]) -> dict[s
     return layers
 
 
+def calibration_feeds(prompts: Sequence[Sequence[Window]]) -> list[Feed]:
+    """The first windows of prompts spread over all that are given, as inputs."""
+    chosen = prompts[:: max(1, len(prompts) // CALIBRATION_PROMPTS)][:CALIBRATION_PROMPTS]
+    return [pad([windows[0]], len(windows[0].ids)) for windows in chosen]
+
+
 def layer_errors(
     before: onnx.ModelProto, after: onnx.ModelProto, feeds: Sequence[Feed]
 ) -> dict[str, float]:
@@ -122,18 +135,24 @@ def layer_errors(
     return dict(sorted(errors.items(), key=lambda item: -item[1]))
 
 
-def observe(
+def observed(
     model: onnx.ModelProto, names: Sequence[str], feeds: Sequence[Feed]
-) -> dict[str, npt.NDArray[np.float32]]:
-    """The values of some tensors over all feeds, as rows  [rows, K]"""
-    session = watching(model, names)
-    seen: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in names}
-    for feed in feeds:
-        outputs = session.run(feed)
-        for name in names:
-            seen[name].append(outputs[name].reshape(-1, outputs[name].shape[-1]))
-    session.close()
-    return {name: np.concatenate(seen.pop(name)) for name in names}
+) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+    """Some tensors in turn, with their values over all feeds, as rows  [rows, K]
+
+    The feeds are read once for every few tensors: the values of all would fill the memory.
+    """
+    for start in range(0, len(names), OBSERVED_AT_ONCE):
+        some = names[start : start + OBSERVED_AT_ONCE]
+        session = watching(model, some)
+        seen: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in some}
+        for feed in feeds:
+            outputs = session.run(feed)
+            for name in some:
+                seen[name].append(outputs[name].reshape(-1, outputs[name].shape[-1]))
+        session.close()
+        for name in some:
+            yield name, np.concatenate(seen.pop(name))
 
 
 def watching(model: onnx.ModelProto, names: Sequence[str]) -> Session:
@@ -167,12 +186,10 @@ def choose_scheme(
     """
     sample = rows[:: max(1, len(rows) // 512)]
     outputs = [sample @ weight for weight in weights]
-    largest_input = np.maximum(np.abs(rows).max(0), 1e-5)
-    largest_weight = np.maximum(np.max([np.abs(weight).max(1) for weight in weights], 0), 1e-5)
+    channels = np.abs(rows).max(0)
 
     def scheme(exponent: float, zero_point: int) -> Scheme:
-        balance = largest_input**exponent / largest_weight ** (1 - exponent)
-        return Scheme(balance / np.exp(np.log(balance).mean()), zero_point)
+        return Scheme(balance_of(channels, weights, exponent), zero_point)
 
     def error(candidate: Scheme) -> float:
         inputs = round_rows(sample / candidate.balance, candidate.zero_point)
@@ -182,6 +199,21 @@ def choose_scheme(
     zero_point = min(ZERO_POINTS, key=lambda zero: error(scheme(0.5, zero)))
     balances = [scheme(exponent, zero_point) for exponent in BALANCE_EXPONENTS]
     return min([*balances, Scheme(np.ones(rows.shape[1]), zero_point)], key=error)
+
+
+def balance_of(
+    channels: npt.NDArray[Any], weights: Sequence[npt.NDArray[Any]], exponent: float
+) -> npt.NDArray[Any]:
+    """What to divide a layer's input channels by, and multiply its weights' rows by  [K]
+
+    channels  the largest input of each  [K]
+    exponent  how much of what stands out goes to the weights (SmoothQuant, eq. 4)
+    """
+    largest_input = np.maximum(channels, 1e-5)
+    largest_weight = np.maximum(np.max([np.abs(weight).max(1) for weight in weights], 0), 1e-5)
+    balance = largest_input**exponent / largest_weight ** (1 - exponent)
+    result: npt.NDArray[Any] = balance / np.exp(np.log(balance).mean())
+    return result
 
 
 def round_rows(rows: npt.NDArray[np.float64], zero_point: int) -> npt.NDArray[np.float64]:

@@ -13,7 +13,6 @@ import onnx
 
 from lance_edge.bundle import ScreenerSpec
 from lance_edge.errors import ExportError, ParityError
-from lance_edge.screener import pad
 from lance_edge.tokenizer import Tokenizer, Window
 from lance_edge.verify import TOLERANCE
 from lance_edge_engines import open_session
@@ -23,13 +22,16 @@ from lance_edge_export.half import half_products
 from lance_edge_export.optimise import merge_projections
 from lance_edge_export.pack import write_bundle
 from lance_edge_export.parity import BOUNDS, compare, gate, severities
-from lance_edge_export.quantise import Feed, layer_errors, row_wise_int8
+from lance_edge_export.quantise import (
+    REPORTED_PROMPTS,
+    WORST,
+    Feed,
+    calibration_feeds,
+    layer_errors,
+    row_wise_int8,
+)
 from lance_edge_export.to_onnx import export_screener
 from lance_edge_training.evaluate import network_session
-
-CALIBRATION_PROMPTS = 256  # whose activations the quantiser looks at; no labels are used
-REPORTED_PROMPTS = 16  # on which the layers' errors are measured
-WORST = 5  # layers that are named
 
 
 @dataclass(frozen=True)
@@ -168,9 +170,3 @@ def with_taxonomy(found: list[dict[str, Any]], given: Sequence[Any]) -> list[dic
             f"the taxonomy must describe the checkpoint's categories, each once: {', '.join(names)}"
         )
     return [by_name[name] for name in names]
-
-
-def calibration_feeds(prompts: list[list[Window]]) -> list[Feed]:
-    """The first windows of prompts spread over the file, as inputs for the quantiser."""
-    chosen = prompts[:: max(1, len(prompts) // CALIBRATION_PROMPTS)][:CALIBRATION_PROMPTS]
-    return [pad([windows[0]], len(windows[0].ids)) for windows in chosen]

@@ -20,8 +20,7 @@ from lance_edge.graphs import Part
 from lance_edge_engines.plan_record import RECORD, PlanEntry, PlanRecord, RuntimeName
 from lance_edge_engines.trt import import_runtime
 from lance_edge_export.build_plan import Built, Job, answer_path, known_targets
-from lance_edge_export.plain_decoder import FloatPrecision
-from lance_edge_export.plan_graphs import PlanGraph, write_graph
+from lance_edge_export.plan_graphs import EightBits, PlanGraph, PlanPrecision, write_graph
 
 Report = Callable[[str, float], None]  # what is being done, and which share of it is done
 
@@ -30,21 +29,24 @@ Report = Callable[[str, float], None]  # what is being done, and which share of 
 class PlanOptions:
     """How plans are built.
 
+    precision      of the screener's products; a refiner is fp16 where the screener has 8 bits
     targets        compute capabilities, as in sm_86, that rtx plans run on; none for all it knows
     gpu            number of the GPU to build on
     workspace_mib  memory for trying kernels; None for half of what the GPU has free, 1 GiB at most
     timing_cache   file of measured times of kernels, kept between builds
     version_compatible, hardware_compatible   plans that newer TensorRTs, or other GPUs, can run
+    eight_bits     what int8 and fp8 are made with
     """
 
     runtime: RuntimeName
-    precision: FloatPrecision = "fp16"
+    precision: PlanPrecision = "fp16"
     targets: tuple[str, ...] = ()
     gpu: int = 0
     workspace_mib: int | None = None
     timing_cache: Path | None = None
     version_compatible: bool = False
     hardware_compatible: bool = False
+    eight_bits: EightBits | None = None
 
     def __post_init__(self) -> None:
         if self.runtime == "tensorrt" and self.targets:
@@ -115,7 +117,7 @@ def build_part(
     what = f"building the {part}'s plan"
     with tempfile.TemporaryDirectory(prefix="graph-", dir=folder) as scratch:
         report(f"writing the {part}'s graph", 0.0)
-        graph = write_graph(bundle, part, options.precision, Path(scratch))
+        graph = write_graph(bundle, part, options.precision, Path(scratch), options.eight_bits)
         plan = Path(scratch) / f"{part}.plan"
         report(what, 0.0)
         answer = run_build(job_of(graph, plan, options), lambda share: report(what, share))
@@ -200,18 +202,19 @@ def entry_of(graph: PlanGraph, contents: bytes, built: Built, options: PlanOptio
         "gpu": built.gpu if options.runtime == "tensorrt" else None,
         "targets": targets,
         "sources": graph.sources,
-        "precision": options.precision,
+        "precision": graph.precision,
         "profiles": graph.profiles,
         "compatible": [options.version_compatible, options.hardware_compatible],
     }
     short = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:12]
     return PlanEntry(
-        file=f"{graph.part}-{options.runtime}-{options.precision}-{short}.plan",
+        file=f"{graph.part}-{options.runtime}-{graph.precision}-{short}.plan",
         sha256=hashlib.sha256(contents).hexdigest(),
         bytes=len(contents),
         graph_sha256=graph_sha256,
         sources=graph.sources,
-        precision=options.precision,
+        precision=graph.precision,
+        parity=graph.parity,
         targets=targets,
         gpu=built.gpu if options.runtime == "tensorrt" else None,
         version_compatible=options.version_compatible,
@@ -238,6 +241,12 @@ def summary(record: PlanRecord) -> list[str]:
             f"          built in {entry.build['seconds']:.1f} s{memory}",
             f"          {entry.network['layers']} layers in the network: {types}",
         ]
+        if entry.parity is not None:
+            lines.append(
+                f"          8 bits against fp32, on {entry.parity['prompts']} prompts: severities "
+                f"differ by at most {entry.parity['largest_difference']:.3f}, "
+                f"{entry.parity['flipped_decisions']:.2%} of the decisions change"
+            )
         if entry.engine is None:
             lines.append(f"          not read back: {entry.not_read_back}")
         else:

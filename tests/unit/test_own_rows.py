@@ -43,10 +43,12 @@ def test_spans_are_in_their_prompts_and_mark_what_is_hazardous(rows: list[dict[s
         assert bool(row["spans"]) == hazardous == (row["kind"] != "hard_benign"), row["id"]
 
 
-def test_nearly_every_group_has_both_sides(rows: list[dict[str, Any]]) -> None:
-    """Four lost a twin that was near to a held-out prompt."""
+def test_nearly_every_contrast_group_has_both_sides(rows: list[dict[str, Any]]) -> None:
+    """Four lost a twin that was near to a held-out prompt. A plain repair needs none."""
     sides = defaultdict(set)
     for row in rows:
+        if row["id"].startswith("repair-"):
+            continue
         sides[row["group"]].add(row["kind"] == "hard_benign")
     alone = [group for group, found in sides.items() if len(found) < 2]
     assert len(alone) <= 4, alone

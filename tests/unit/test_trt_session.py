@@ -455,9 +455,9 @@ def test_a_part_that_was_not_built_is_named(record_path: Path, memory: FakeMemor
         (None, "plan.json is missing; build plans with `lance-edge plan"),
         ("{", "is not valid JSON"),
         ("[]", "is not a record of plans"),
-        ('{"format": 2}', "has format 2 and this version reads 1"),
-        ('{"format": 1, "plans": {"screener": {"file": "../x"}}}', "not a plain file name"),
-        ('{"format": 1, "plans": {"screener": {"odd": 1}}}', "unknown keys odd"),
+        ('{"format": 3}', "has format 3 and this version reads 2"),
+        ('{"format": 2, "plans": {"screener": {"file": "../x"}}}', "not a plain file name"),
+        ('{"format": 2, "plans": {"screener": {"odd": 1}}}', "unknown keys odd"),
     ],
 )
 def test_a_record_that_cannot_be_read(tmp_path: Path, text: str | None, message: str) -> None:
