@@ -70,6 +70,13 @@ def screener(
     keep_fp32: Annotated[
         list[str] | None, typer.Option(help="A layer that stays in fp32; repeatable.")
     ] = None,
+    look_alikes: Annotated[
+        bool,
+        typer.Option(
+            "--look-alikes",
+            help="Read letters of other alphabets as the Latin ones they look like.",
+        ),
+    ] = False,
     name: Annotated[
         str | None, typer.Option(help="The bundle's name.", show_default="that of --out")
     ] = None,
@@ -84,6 +91,7 @@ def screener(
     """Export a screener: torch -> fp32 ONNX -> int8 or fp16, each stage compared with the one before."""
     from lance_edge.errors import ExportError
     from lance_edge_export.checkpoint import read_checkpoint
+    from lance_edge_export.look_alikes import reading_look_alikes
     from lance_edge_export.place import check_replaceable, is_bundle
     from lance_edge_export.screener import Wishes, export_bundle, with_taxonomy
 
@@ -102,6 +110,8 @@ def screener(
         except ValueError as error:
             raise ExportError(f"{taxonomy} is not valid JSON ({error})") from error
         read = replace(read, taxonomy=with_taxonomy(read.taxonomy, entries))
+    if look_alikes:
+        read = replace(read, tokenizer=reading_look_alikes(read.tokenizer))
     wishes = Wishes(precision, name or out.name, version, encoder, tuple(keep_fp32 or ()))
     export_bundle(read, out, wishes, texts, golden, typer.echo)
     typer.echo(f"wrote {out}")

@@ -23,7 +23,7 @@ from lance_edge.weights import WEIGHTS, contents
 from lance_edge_engines import open_session
 from lance_edge_engines.plan_record import Profile, Span
 from lance_edge_export.float_screener import float_screener
-from lance_edge_export.parity import BOUNDS, compare, gate, severities
+from lance_edge_export.parity import FIXED_SCALES, compare, gate, severities
 from lance_edge_export.plain_decoder import (
     FloatPrecision,
     plain_decoder_graph,
@@ -147,7 +147,7 @@ def eight_bit_screener(
     errors = layer_errors(floats, graph, feeds[:REPORTED_PROMPTS])
     named = ", ".join(f"{name} ({error:.3f})" for name, error in errors.items())
     try:
-        gate(form, figures, BOUNDS[form])
+        gate(form, figures, FIXED_SCALES)
     except ParityError as error:
         raise ParityError(
             f"{error}; the layers that moved most: {named[:200]}; --keep-fp16 LAYER keeps one"

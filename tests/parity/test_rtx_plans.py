@@ -7,18 +7,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_refiner
+from small_network import small_network
 
 import lance_edge
 from lance_edge.bundle import open_bundle
 from lance_edge.errors import ExportError
 from lance_edge.graphs import Part
 from lance_edge_engines.cuda import Gpu
-from lance_edge_engines.plan_record import check_plan, read_record
+from lance_edge_engines.plan_record import Profile, check_plan, read_record
 from lance_edge_export.build_plan import Built, known_targets
 from lance_edge_export.plain_decoder import FloatPrecision
-from lance_edge_export.plan_graphs import write_graph
+from lance_edge_export.plan_graphs import PlanGraph, write_graph
+from lance_edge_export.qdq import EIGHT_BIT, EightBit, eight_bit_products
 from lance_edge_export.to_plan import PlanOptions, build_part, build_plans, job_of, run_build
 
 trt: Any = pytest.importorskip(
@@ -82,6 +85,23 @@ def build(bundle: Path, part: Part, precision: FloatPrecision, folder: Path) -> 
     options = PlanOptions("rtx", precision, targets=("sm_86",))
     graph = write_graph(open_bundle(bundle), part, precision, folder)
     return run_build(job_of(graph, folder / "x.plan", options), silent)
+
+
+@pytest.mark.parametrize("form", EIGHT_BIT)
+def test_products_in_8_bits(form: EightBit, tmp_path: Path) -> None:
+    """The parser reads the types, and the compiler has kernels for them."""
+    path = tmp_path / "small.onnx"
+    path.write_bytes(
+        eight_bit_products(small_network(), [{"ids": np.arange(40)}], form).SerializeToString()
+    )
+    profile: Profile = {"ids": ((1,), (16,), (64,))}
+    graph = PlanGraph("screener", path, form, {}, [profile])
+    options = PlanOptions("rtx", form, targets=("sm_89",))
+    built = run_build(job_of(graph, tmp_path / "x.plan", options), silent)
+    assert built.network is not None
+    assert built.network["types"][form.upper()] == 4  # both inputs, both weights
+    assert built.network["kinds"]["QUANTIZE"] == 2
+    assert built.network["kinds"]["DEQUANTIZE"] == 4
 
 
 @pytest.mark.slow

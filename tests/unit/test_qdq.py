@@ -130,7 +130,7 @@ def test_the_default_screener_in_8_bits(form: EightBit, prompts: list[str], tmp_
 def test_8_bits_that_change_too_much_fail(
     prompts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(plan_graphs.BOUNDS, "int8", Bounds(1e-6, 1e-6, 0.0))
+    monkeypatch.setattr(plan_graphs, "FIXED_SCALES", Bounds(1e-6, 1e-6, 0.0))
     bundle = open_bundle(lance_edge.default_bundle())
     with pytest.raises(ParityError, match=r"int8: largest difference is .* --keep-fp16 LAYER"):
         write_graph(bundle, "screener", "int8", tmp_path, EightBits(prompts[:4]))

@@ -584,6 +584,12 @@ def test_calibrate_fits_and_writes_the_calibration(
     assert cross_entropy(severity, target, known).sum() < 0.95 * uncalibrated
 
 
+def test_calibrate_says_what_data_it_lacks(trained: Path, tmp_path: Path) -> None:
+    result = invoke(calibrate.main, "--checkpoint", trained, "--data", tmp_path)
+    assert result.exit_code == 2
+    assert "no rows in prompts/dev.jsonl" in " ".join(result.output.replace("│", " ").split())
+
+
 def test_latents_give_the_severities_of_the_runtime(encoder: Path) -> None:
     screener = new_screener(encoder, 3, "variational", "eager").eval()
     words = Tokenizer((encoder / "tokenizer.json").read_bytes(), 16, 4)

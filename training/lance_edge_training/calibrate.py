@@ -29,6 +29,7 @@ from lance_edge_training.evaluate import (
 )
 from lance_edge_training.losses import severity_logit
 from lance_edge_training.model import Gaussian
+from lance_edge_training.usage import usage_errors
 
 LOWEST_THRESHOLD, HIGHEST_THRESHOLD = 0.3, 0.95
 PRIOR_WEIGHT = 2e-3  # pull towards slope 1 and intercept 0: rare categories have few positives
@@ -111,14 +112,17 @@ def main(
     tokenizer = Tokenizer(
         (checkpoint / "tokenizer.json").read_bytes(), description["window"], description["overlap"]
     )
-    examples = [e for e in development_examples(data, categories) if half(e) == "calibration"]
+    with usage_errors():
+        examples = development_examples(data, categories)
+    examples = [e for e in examples if half(e) == "calibration"]
     latent = latents(torch_session(screener), tokenizer, [example.prompt for example in examples])
     target, known = truth(examples, categories)
     allowed = np.array([example.may_train for example in examples])
     permitted = Latents(latent.mean[allowed], latent.deviation[allowed])
     slope, intercept = fit(permitted, target[allowed], known[allowed])
     severity = latent.severity(slope, intercept)
-    thresholds = thresholds_at(severity, examples, false_positive_rate)
+    with usage_errors():
+        thresholds = thresholds_at(severity, examples, false_positive_rate)
     values = {
         name: {
             "slope": float(slope[k]),

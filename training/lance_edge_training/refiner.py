@@ -38,6 +38,7 @@ from lance_edge_training.records import (
     load_records,
 )
 from lance_edge_training.schedule import warm_then_linear
+from lance_edge_training.usage import usage_errors
 
 TEMPLATE = Template(
     prefix="<|im_start|>prompt\n",
@@ -277,10 +278,8 @@ def main(
     tokenizer = LanguageTokenizer(serialized.encode(), TEMPLATE)
     with lance_edge.load(bundle or default_bundle(), "cpu") as pipeline:
         categories = list(pipeline.policy.categories)
-        try:
+        with usage_errors():
             pairs, prompts = load_records(data, categories)
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from error
         pairs = first_looks(pairs[:rows], pipeline)
         composer = Composer(
             pipeline.bundle.gradients(), categories, pipeline.policy.thresholds.tolist(), tokenizer

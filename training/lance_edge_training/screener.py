@@ -31,6 +31,7 @@ from lance_edge_training.data import (
 from lance_edge_training.model import Enhancer, HeadKind, Screener
 from lance_edge_training.objective import Weights, plain_terms, total, variational_terms
 from lance_edge_training.schedule import warm_then_linear
+from lance_edge_training.usage import usage_errors
 
 DEFAULT_TAXONOMY = Path(__file__).with_name("default_taxonomy.json")
 
@@ -235,10 +236,8 @@ def main(
     categories = [entry["name"] for entry in entries]
     serialized = encoder / "tokenizer.json"
     tokenizer = Tokenizer(serialized.read_bytes(), settings.window, settings.overlap)
-    try:
+    with usage_errors():
         examples = dealt_examples(data, categories, settings)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
     if not examples:
         folders = ", ".join(map(str, data))
         raise typer.BadParameter(f"{folders}: no rows that may be trained on")

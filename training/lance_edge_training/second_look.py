@@ -28,6 +28,7 @@ from lance_edge_training.calibrate import fit
 from lance_edge_training.checkpoint import write_json
 from lance_edge_training.data import Example, development_examples
 from lance_edge_training.evaluate import Latents, evaluation_sets, half, truth
+from lance_edge_training.usage import usage_errors
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -188,7 +189,9 @@ def main(
     """Fit the second look's calibration, choose the mix and the band; writes second_look.json."""
     with lance_edge.load(bundle, "cpu", looks="1") as pipeline:
         names, policy = list(pipeline.policy.categories), pipeline.policy
-        examples = [e for e in development_examples(data, names) if half(e) == "calibration"]
+        with usage_errors():
+            examples = development_examples(data, names)
+        examples = [e for e in examples if half(e) == "calibration"]
         if cache is not None and cache.is_file():
             with np.load(cache) as kept:
                 first, deviation = kept["first"], kept["deviation"]
