@@ -43,6 +43,7 @@ TOOLS = {
 # What those commands need beyond the base install: module -> extra that brings it.
 EXTRAS = {
     "cryptography": "sign",
+    "ml_dtypes": "export",
     "onnx": "export",
     "onnxscript": "export",
     "safetensors": "export",
@@ -421,7 +422,6 @@ def verify(
 ) -> int:
     """Check the bundle's hashes, and that it computes here what it computed when exported."""
     from lance_edge.cache import open_weights, weights_path
-    from lance_edge.graphs import open_graphs
     from lance_edge.verify import check_goldens
 
     with load(bundle, device, looks="1", public_key=public_key, plans=plans) as pipeline:
@@ -433,11 +433,14 @@ def verify(
         if spec is not None and weights_path(pipeline.bundle, spec).is_file():
             open_weights(pipeline.bundle, spec)
             typer.echo("refiner  its weights agree with the manifest")
-        plan = open_graphs(pipeline.bundle, device, plans=plans).plans.get("screener")
-        check = check_goldens(pipeline, plan)
+        if plans is not None and "refiner" in pipeline.plans:
+            _ = pipeline.refiner  # its plan's hash, version and GPU
+        for part, plan in pipeline.plans.items():
+            typer.echo(f"plan     {plan.file}: the {part}, fits this machine")
+        check = check_goldens(pipeline)
         typer.echo(
             f"goldens  {check.prompts} prompts on {pipeline.device}: severities differ by at most "
-            f"{check.difference:.2e} (allowed {check.tolerance:.0e}), {check.decisions} decisions differ"
+            f"{check.difference:.2e} (allowed {check.tolerance:.2g}), {check.decisions} decisions differ"
         )
     if not check.passed:
         complain(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 from lance_edge.bundle import Bundle, RefinerSpec
 from lance_edge.cache import open_weights, weights_path
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lance_edge_engines.plan_record import PlanEntry
 
 Part = Literal["screener", "refiner"]
-PARTS: tuple[Part, ...] = get_args(Part)
+PARTS: tuple[Part, ...] = ("screener", "refiner")
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,19 @@ class Graphs:
 def open_graphs(
     bundle: Bundle, device: str, threads: int | None = None, plans: Path | None = None
 ) -> Graphs:
-    """`plans` is a folder that `lance-edge plan` wrote. Raises SessionError if it is not."""
+    """`plans` is a folder that `lance-edge plan` wrote.
+
+    Raises SessionError if it is not, PlanStale if one of them was made from another bundle.
+    """
     if plans is None:
         return Graphs(bundle, device, threads, {}, None)
-    from lance_edge_engines.plan_record import read_record
+    from lance_edge_engines.plan_record import check_sources, read_record
 
-    return Graphs(bundle, device, threads, read_record(plans).plans, plans)
+    record = read_record(plans)
+    for part in PARTS:
+        if part in record.plans:
+            check_sources(plans, record, part, sources(bundle, part))
+    return Graphs(bundle, device, threads, record.plans, plans)
 
 
 def sources(bundle: Bundle, part: Part) -> dict[str, str]:

@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
 from lance_edge.bundle import Bundle, RefinerSpec, open_bundle
 from lance_edge.decoder import Decoder
-from lance_edge.errors import BundleError, InvalidOption, InvalidPrompt
+from lance_edge.errors import BundleError, InvalidOption, InvalidPrompt, LanceError
 from lance_edge.gradient import critique, gradients, widened
 from lance_edge.graphs import Graphs, open_graphs
 from lance_edge.language import LanguageTokenizer
@@ -28,6 +28,9 @@ from lance_edge.spans import hazard_spans
 from lance_edge.tokenizer import Tokenizer, Window
 from lance_edge.verdict import Gradient, Timings, Verdict
 from lance_edge_engines import BACKENDS, SessionError
+
+if TYPE_CHECKING:
+    from lance_edge_engines.plan_record import PlanEntry
 
 Looks = Literal["1", "2", "auto"]
 
@@ -67,8 +70,11 @@ class Pipeline:
         max_chars: int,
         looks: Looks = "1",
         open_refiner: Callable[[], Refiner] | None = None,
+        plans: Mapping[str, PlanEntry] | None = None,
     ) -> None:
         """`open_refiner` is called when a refiner is first needed; None if there is none.
+
+        plans  what runs as TensorRT plans, by part
 
         looks  "1": the screener alone; "2": every prompt is read twice; "auto": those that the
                first look leaves open
@@ -79,6 +85,7 @@ class Pipeline:
         self.policy = policy
         self.max_chars = max_chars
         self.looks = looks
+        self.plans = plans or {}
         self.templates = bundle.gradients() if bundle.manifest.gradients else None
         self.second_look = bundle.second_look() if open_refiner else None
         self._open_refiner = open_refiner
@@ -87,7 +94,7 @@ class Pipeline:
 
     @property
     def device(self) -> str:
-        """Where the graphs run; what "auto" chose."""
+        """Where the screener runs; what "auto" chose."""
         return self.screener.device
 
     @property
@@ -326,6 +333,11 @@ def load(
     if looks not in get_args(Looks):
         raise InvalidOption(f"looks must be one of {', '.join(get_args(Looks))}, not {looks!r}")
     public_key = public_key or os.environ.get("LANCE_EDGE_PUBLIC_KEY") or None
+    if public_key is not None and plans is not None:
+        raise InvalidOption(
+            "plans are not signed, so a public key cannot vouch for them; leave out one of the two "
+            "(a public key may come from $LANCE_EDGE_PUBLIC_KEY)"
+        )
     opened = open_bundle(bundle, None if public_key is None else Path(public_key))
     chosen = policy(opened, thresholds, rules)
     refiner = opened.manifest.refiner
@@ -344,9 +356,13 @@ def load(
     if looks == "auto" and not graphs.has_refiner():
         looks = "1"
     opener = partial(open_refiner, graphs, refiner) if refiner else None
-    pipeline = Pipeline(opened, tokenizer, screener, chosen, max_chars, looks, opener)
+    pipeline = Pipeline(opened, tokenizer, screener, chosen, max_chars, looks, opener, graphs.plans)
     if looks == "2":
-        _ = pipeline.refiner  # a second look that cannot be had is an error now, not later
+        try:
+            _ = pipeline.refiner  # a second look that cannot be had is an error now, not later
+        except (LanceError, SessionError):
+            pipeline.close()
+            raise
     return pipeline
 
 

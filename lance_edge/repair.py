@@ -67,8 +67,8 @@ def repair(
     """
     steps: list[RefineStep] = []
     text, left = prompt, found
+    told = compose(left)
     while True:
-        told = compose(left)
         made = rewrite(told)
         read_before = [prompt, *(step.text for step in steps)]
         wrong = problem(read_before, made.text, made.ended, found, is_control, least_kept)
@@ -98,7 +98,8 @@ def repair(
             text, left = made.text, still
         elif wrong == UNCHANGED:
             left = widen(text, left)
-        if len(steps) == max_steps or (not still and compose(left) == told):
+        before, told = told, compose(left)
+        if len(steps) == max_steps or (not still and told == before):
             return Repair(None, tuple(steps), f"the rewrite was not accepted: {wrong}")
 
 

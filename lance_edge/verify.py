@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lance_edge.pipeline import Pipeline
-from lance_edge_engines.plan_record import PlanEntry
+
+if TYPE_CHECKING:
+    from lance_edge_engines.plan_record import PlanEntry
 
 # How far severities may be from the goldens, by precision. Between machines: the order of sums, and
 # with int8 the roundings it flips (5.7e-3 between onnxruntime 1.23 and 1.31).
@@ -32,10 +35,8 @@ class GoldenCheck:
         return self.difference <= self.tolerance and self.decisions == 0
 
 
-def check_goldens(pipeline: Pipeline, plan: PlanEntry | None = None) -> GoldenCheck:
+def check_goldens(pipeline: Pipeline) -> GoldenCheck:
     """Screen the bundle's golden prompts and compare.
-
-    plan  what the screener runs as, if not the bundle's graph: it adds the rounding of its precision
 
     The pipeline must use the bundle's thresholds and the first look alone, as the goldens do.
     """
@@ -51,7 +52,13 @@ def check_goldens(pipeline: Pipeline, plan: PlanEntry | None = None) -> GoldenCh
         for golden, verdict in zip(goldens, verdicts, strict=True)
     )
     tolerance = pipeline.bundle.manifest.screener.tolerance
-    if plan is not None:
-        measured = plan.parity and plan.parity["largest_difference"]
-        tolerance += measured or TOLERANCE[plan.precision]
+    if plan := pipeline.plans.get("screener"):
+        tolerance += plan_tolerance(plan)
     return GoldenCheck(len(goldens), difference, tolerance, decisions)
+
+
+def plan_tolerance(plan: PlanEntry) -> float:
+    """What a plan's own rounding may add: that of fp16, or what was measured of its 8 bits if more."""
+    if plan.parity is None:
+        return TOLERANCE["fp32" if plan.precision == "fp32" else "fp16"]
+    return max(TOLERANCE["fp16"], plan.parity.largest_difference)

@@ -21,6 +21,7 @@ RECORD = "plan.json"
 FORMAT = 2
 
 RuntimeName = Literal["tensorrt", "rtx"]
+PlanPrecision = Literal["fp32", "fp16", "int8", "fp8"]
 # An input's smallest, most likely and largest shape; or value, if the graph takes lengths from it.
 Span = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 Profile = dict[str, Span]
@@ -31,6 +32,26 @@ class PlanStale(SessionError):
 
 
 @dataclass(frozen=True)
+class PlanParity:
+    """What a plan's 8 bits change against fp32, on real prompts.
+
+    differences  of severities; decisions: the share of prompts whose decision is another
+    worst_layers the layers that moved most, with their relative errors
+    """
+
+    prompts: int
+    largest_difference: float
+    mean_difference: float
+    flipped_decisions: float
+    worst_layers: dict[str, float]
+
+    def __post_init__(self) -> None:
+        figures = (self.largest_difference, self.mean_difference, self.flipped_decisions)
+        if not all(isinstance(value, int | float) and 0 <= value <= 1 for value in figures):
+            raise ValueError("parity's figures must be numbers from 0 to 1")
+
+
+@dataclass(frozen=True)
 class PlanEntry:
     """One plan.
 
@@ -38,7 +59,7 @@ class PlanEntry:
     graph_sha256  of the ONNX file that was parsed
     sources       what it was made from: file -> SHA-256, as in the bundle's manifest
     precision     of its products: fp32, fp16, int8 or fp8
-    parity        what 8 bits change on real prompts; None for floating point
+    parity        what 8 bits change; None for floating point
     targets       compute capabilities it runs on, as in sm_86; empty for all that the runtime knows
     gpu           the GPU it was built on and for; None if it was built without one
     version_compatible, hardware_compatible   newer runtimes, and other GPUs from sm_80 on, may run it
@@ -54,8 +75,8 @@ class PlanEntry:
     bytes: int
     graph_sha256: str
     sources: dict[str, str]
-    precision: str
-    parity: dict[str, Any] | None
+    precision: PlanPrecision
+    parity: PlanParity | None
     targets: tuple[str, ...]
     gpu: str | None
     version_compatible: bool
@@ -89,6 +110,10 @@ def read_record(folder: Path) -> PlanRecord:
         raise SessionError(
             f"{path} is missing; build plans with `lance-edge plan BUNDLE --runtime rtx --out DIR`"
         ) from None
+    except OSError as error:
+        raise SessionError(
+            f"{path} cannot be read ({error.strerror}); name the folder that `lance-edge plan` wrote"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise SessionError(f"{path} is not valid JSON ({error}); build the plans again") from error
     try:
@@ -98,11 +123,20 @@ def read_record(folder: Path) -> PlanRecord:
                 f"{path} has format {found!r} and this version reads {FORMAT}; build the plans again"
             )
         plans = {name: _entry(entry) for name, entry in values.pop("plans").items()}
+        if not plans or set(plans) - {"screener", "refiner"}:
+            raise ValueError(f"it has plans of {', '.join(plans) or 'nothing'}")
         if values.get("runtime") not in get_args(RuntimeName):
             raise ValueError(f"there is no runtime {values.get('runtime')!r}")
         return PlanRecord(plans=plans, **values)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise SessionError(f"{path} is not a record of plans: {error}; build them again") from error
+
+
+def check_sources(folder: Path, record: PlanRecord, name: str, sources: Mapping[str, str]) -> None:
+    """Raises PlanStale if a plan was made from other files than these: name -> SHA-256."""
+    if reason := _other_sources(record.plans[name], sources):
+        path = folder / record.plans[name].file
+        raise PlanStale(f"{path} {reason}; run `{rebuild(folder, record)}`")
 
 
 def check_plan(
@@ -141,7 +175,15 @@ def check_plan(
 
 def rebuild(folder: Path, record: PlanRecord) -> str:
     """The command that makes a folder's plans again, in a new folder."""
-    return f"lance-edge plan BUNDLE --runtime {record.runtime} --out {folder}.new"
+    entry = record.plans.get("screener") or next(iter(record.plans.values()))
+    only = "" if len(record.plans) > 1 else f" --only {next(iter(record.plans))}"
+    targets = (
+        f" --target {','.join(entry.targets)}" if record.runtime == "rtx" and entry.targets else ""
+    )
+    return (
+        f"lance-edge plan BUNDLE --runtime {record.runtime} --precision {entry.precision}{only}{targets} "
+        f"--out {folder}.new"
+    )
 
 
 def _entry(values: dict[str, Any]) -> PlanEntry:
@@ -149,11 +191,18 @@ def _entry(values: dict[str, Any]) -> PlanEntry:
         raise ValueError(f"unknown keys {', '.join(unknown)}")
     if Path(values["file"]).name != values["file"]:
         raise ValueError(f"{values['file']!r} is not a plain file name")
+    if values["precision"] not in get_args(PlanPrecision):
+        raise ValueError(f"there is no precision {values['precision']!r}")
+    sources, targets = values["sources"], values["targets"]
+    if not isinstance(sources, dict) or not isinstance(targets, list):
+        raise ValueError("sources must be an object and targets a list")
+    parity = None if values["parity"] is None else PlanParity(**values["parity"])
     profiles = tuple(
         {key: (tuple(span[0]), tuple(span[1]), tuple(span[2])) for key, span in profile.items()}
         for profile in values["profiles"]
     )
-    return PlanEntry(**{**values, "profiles": profiles, "targets": tuple(values["targets"])})
+    typed = {"profiles": profiles, "targets": tuple(map(str, targets)), "parity": parity}
+    return PlanEntry(**{**values, **typed})
 
 
 def _other_sources(entry: PlanEntry, sources: Mapping[str, str] | None) -> str | None:

@@ -50,8 +50,12 @@ def open_plan(
     record = read_record(folder)
     runtime = import_runtime(record.runtime)
     device: Memory = Device(gpu) if memory is None else memory
-    contents = check_plan(folder, record, name, runtime.__version__, device.gpu, sources)
-    return PlanSession(runtime, contents, record.runtime, record.plans[name].profiles, device)
+    try:
+        contents = check_plan(folder, record, name, runtime.__version__, device.gpu, sources)
+        return PlanSession(runtime, contents, record.runtime, record.plans[name].profiles, device)
+    except SessionError:
+        device.close()
+        raise
 
 
 def import_runtime(name: RuntimeName) -> ModuleType:

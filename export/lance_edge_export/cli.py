@@ -16,7 +16,7 @@ from lance_edge.cli import PublicKeyOption, exits
 
 TRAINED = "refiner.json"  # in a folder that the refiner's trainer wrote
 PARITY_PAIRS = 64  # whose next tokens the refiner's stages are compared on
-PROMPTS = Path(__file__).with_name("prompts.jsonl")  # for parity where none are given
+PROMPTS = Path(__file__).with_name("prompts.jsonl")  # real ones, where none are given
 GOLDENS = 16  # prompts that become goldens where none are given
 
 app = typer.Typer(

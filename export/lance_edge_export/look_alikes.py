@@ -10,6 +10,7 @@ For languages that are written in Latin letters: others would lose letters of th
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from lance_edge.errors import ExportError
 
@@ -67,7 +68,7 @@ def reading_look_alikes(serialized: bytes) -> bytes:
         own = tokenizer["normalizer"]
     except (ValueError, TypeError, KeyError) as error:
         raise ExportError(f"the tokenizer cannot be changed: {error!r}") from error
-    steps = [{"type": "NFKC"}]
+    steps: list[dict[str, Any]] = [{"type": "NFKC"}]
     steps += [
         {"type": "Replace", "pattern": {"String": other}, "content": latin}
         for latin, others in LOOK_ALIKES.items()

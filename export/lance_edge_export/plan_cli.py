@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from lance_edge.cli import PublicKeyOption, exits
-from lance_edge.errors import InvalidOption
+from lance_edge.errors import InvalidOption, InvalidPrompt
 from lance_edge.report import Steps
+from lance_edge_export.cli import PROMPTS
 
 if TYPE_CHECKING:
-    from lance_edge_export.plan_graphs import EightBits, PlanPrecision
-
-PROMPTS = Path(__file__).with_name("prompts.jsonl")  # for scales where none are given
+    from lance_edge_engines.plan_record import PlanPrecision
+    from lance_edge_export.plan_graphs import EightBits
 
 app = typer.Typer(
     help="Build TensorRT plans of a bundle.",
@@ -106,7 +106,7 @@ def plan(
         timing_cache,
         version_compatible,
         hardware_compatible,
-        eight_bits(precision, calibration, keep_fp16 or ()),
+        read_calibration(precision, calibration, keep_fp16 or ()),
     )
     opened = open_bundle(bundle, public_key)
     parts = PARTS if only is None else (only,)
@@ -121,11 +121,12 @@ def plan(
     return 0
 
 
-def eight_bits(
+def read_calibration(
     precision: PlanPrecision, calibration: Path | None, keep_fp16: Sequence[str]
 ) -> EightBits | None:
-    """What int8 and fp8 are made with; None for other precisions. Raises InvalidOption, InputError."""
-    from lance_edge.inputs import read_items
+    """What int8 and fp8 are made with; None for other precisions. Raises InvalidOption."""
+    from lance_edge.inputs import SUFFIXES, read_items
+    from lance_edge.tokenizer import check_text
     from lance_edge_export.plan_graphs import EightBits
     from lance_edge_export.qdq import EIGHT_BIT
 
@@ -134,14 +135,24 @@ def eight_bits(
             raise InvalidOption("--calibration and --keep-fp16 are for --precision int8 and fp8")
         return None
     path = calibration or PROMPTS
-    if not path.is_file():
-        raise InvalidOption(f"--calibration {path} is not a file")
-    items = [item for item in read_items([str(path)], "prompt", "auto", False) if not item.blank]
-    if bad := next((item for item in items if item.text is None), None):
-        raise InvalidOption(f"{bad.place}: {bad.error}; mend it or leave it out")
-    if not items:
+    if not path.is_file() or path.suffix.lower() not in SUFFIXES:
+        raise InvalidOption(
+            f"--calibration {path} is not a file that ends in {', '.join(SUFFIXES)}"
+        )
+    prompts = []
+    for item in read_items([str(path)], "prompt"):
+        if item.blank:
+            continue
+        try:
+            if item.text is None:
+                raise InvalidPrompt(item.error or "it cannot be read")
+            check_text(item.text)
+        except InvalidPrompt as error:
+            raise InvalidOption(f"{item.place}: {error}; mend the line or leave it out") from error
+        prompts.append(item.text)
+    if not prompts:
         raise InvalidOption(f"--calibration {path} holds no prompts")
-    return EightBits([item.text for item in items if item.text is not None], tuple(keep_fp16))
+    return EightBits(prompts, tuple(keep_fp16))
 
 
 def parse_targets(text: str) -> tuple[str, ...]:

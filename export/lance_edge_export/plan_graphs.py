@@ -5,23 +5,22 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import onnx
 
-from lance_edge.bundle import Bundle, RefinerSpec
+from lance_edge.bundle import Bundle, Calibration, RefinerSpec
 from lance_edge.cache import open_weights
 from lance_edge.draft import LONGEST
-from lance_edge.errors import ExportError, ParityError
+from lance_edge.errors import ExportError, InvalidOption, ParityError
 from lance_edge.graphs import Part, sources
 from lance_edge.language import LanguageTokenizer
 from lance_edge.refiner import CRITIQUE_TOKENS
-from lance_edge.screener import PAD_MULTIPLE, RUN_TOKENS
-from lance_edge.tokenizer import Tokenizer
+from lance_edge.screener import PAD_MULTIPLE, RUN_TOKENS, FloatArray
+from lance_edge.tokenizer import Tokenizer, Window
 from lance_edge.weights import WEIGHTS, contents
 from lance_edge_engines import open_session
-from lance_edge_engines.plan_record import Profile, Span
+from lance_edge_engines.plan_record import PlanParity, PlanPrecision, Profile, Span
 from lance_edge_export.float_screener import float_screener
 from lance_edge_export.parity import FIXED_SCALES, compare, gate, severities
 from lance_edge_export.plain_decoder import (
@@ -33,8 +32,7 @@ from lance_edge_export.plain_decoder import (
 from lance_edge_export.qdq import EightBit, eight_bit_products
 from lance_edge_export.quantise import REPORTED_PROMPTS, WORST, calibration_feeds, layer_errors
 
-PlanPrecision = Literal["fp32", "fp16", "int8", "fp8"]
-
+COMPARED_PROMPTS = 1024  # on which the parity gate compares, at most
 ROWS = RUN_TOKENS // PAD_MULTIPLE  # windows in one run of the screener, at most
 VERIFY = LONGEST + 1  # rows of a step: a draft and the token before it
 
@@ -55,19 +53,23 @@ class PlanGraph:
     precision: PlanPrecision
     sources: dict[str, str]
     profiles: list[Profile]
-    parity: dict[str, Any] | None = None
+    parity: PlanParity | None = None
 
 
 @dataclass(frozen=True)
 class EightBits:
     """What 8-bit products are made with.
 
-    prompts    real ones: scales are chosen on them, and the parity gate compares on them
+    prompts    real ones: scales are chosen on 256 of them, and the parity gate compares on 1,024
     keep_fp16  the screener's layers that stay fp16, by name
     """
 
     prompts: Sequence[str]
     keep_fp16: Collection[str] = ()
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise InvalidOption("scales of 8 bits need real prompts, and there are none")
 
 
 # What a shape may have beyond Llama that `plain_decoder` does not know.
@@ -112,7 +114,7 @@ def write_screener(
             f"{bundle.path} has an fp16 screener; build its plan with --precision fp16"
         )
     model = onnx.load_model_from_string(bundle.read(spec.graph))
-    parity: dict[str, Any] | None = None
+    parity: PlanParity | None = None
     if precision == "fp32" or precision == "fp16":
         graph = float_screener(model, precision)
     else:
@@ -126,7 +128,7 @@ def write_screener(
 
 def eight_bit_screener(
     bundle: Bundle, model: onnx.ModelProto, form: EightBit, wanted: EightBits
-) -> tuple[onnx.ModelProto, dict[str, Any]]:
+) -> tuple[onnx.ModelProto, PlanParity]:
     """The screener with 8-bit products, and what they change against the same graph in fp32.
 
     Both are computed on the CPU, which takes the scales as TensorRT does; its kernels may round the
@@ -134,25 +136,34 @@ def eight_bit_screener(
     """
     spec = bundle.manifest.screener
     tokenizer = Tokenizer(bundle.read(spec.tokenizer), spec.window, spec.overlap)
-    encoded = [tokenizer.encode(prompt) for prompt in wanted.prompts]
+    spread = wanted.prompts[:: max(1, len(wanted.prompts) // COMPARED_PROMPTS)][:COMPARED_PROMPTS]
+    encoded = [tokenizer.encode(prompt) for prompt in spread]
     feeds = calibration_feeds(encoded)
     floats = float_screener(model, "fp32")
     graph = eight_bit_products(floats, feeds, form, wanted.keep_fp16)
     calibration = [bundle.calibration[category.name] for category in bundle.categories]
-    before, after = (
-        severities(open_session(stage.SerializeToString(), "cpu"), encoded, calibration)
-        for stage in (floats, graph)
-    )
+    before, after = (severities_of(stage, encoded, calibration) for stage in (floats, graph))
     figures = compare(before, after, np.array([item.threshold for item in calibration]))
-    errors = layer_errors(floats, graph, feeds[:REPORTED_PROMPTS])
-    named = ", ".join(f"{name} ({error:.3f})" for name, error in errors.items())
+    worst = dict(list(layer_errors(floats, graph, feeds[:REPORTED_PROMPTS]).items())[:WORST])
     try:
         gate(form, figures, FIXED_SCALES)
     except ParityError as error:
+        named = ", ".join(f"{name} ({moved:.3f})" for name, moved in worst.items())
         raise ParityError(
-            f"{error}; the layers that moved most: {named[:200]}; --keep-fp16 LAYER keeps one"
+            f"{error}; the layers that moved most: {named}; --keep-fp16 LAYER keeps one"
         ) from error
-    return graph, {**figures.to_dict(), "worst_layers": dict(list(errors.items())[:WORST])}
+    return graph, PlanParity(**figures.to_dict(), worst_layers=worst)
+
+
+def severities_of(
+    model: onnx.ModelProto, prompts: list[list[Window]], calibration: list[Calibration]
+) -> FloatArray:
+    """What a graph says on the CPU  [prompts, C]"""
+    session = open_session(model.SerializeToString(), "cpu")
+    try:
+        return severities(session, prompts, calibration)
+    finally:
+        session.close()
 
 
 def write_refiner(bundle: Bundle, precision: FloatPrecision, folder: Path) -> PlanGraph:

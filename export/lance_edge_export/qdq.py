@@ -35,7 +35,7 @@ SMALLEST = np.float32(2.0**-14)  # fp16's smallest number of full precision; sca
 
 
 @dataclass(frozen=True)
-class Scheme:
+class FixedScheme:
     """How a product's input becomes 8 bits: x / balance / scale, rounded  [K], scalar"""
 
     balance: Float
@@ -61,7 +61,7 @@ def eight_bit_products(
     replacements: dict[str, list[NodeProto]] = {}
     for source, rows in observed(model, list(sources), feeds):
         weights = [graph.constants[layer.input[1]] for layer in sources[source]]
-        scheme = choose_scheme(rows, weights, form)
+        scheme = fixed_scheme(rows, weights, form)
         steps = _narrow_input(source, scheme, form, graph)
         for layer, weight in zip(sources[source], weights, strict=True):
             (output,) = layer.output
@@ -72,7 +72,7 @@ def eight_bit_products(
     return graph.finish()
 
 
-def choose_scheme(rows: Float, weights: Sequence[Float], form: EightBit) -> Scheme:
+def fixed_scheme(rows: Float, weights: Sequence[Float], form: EightBit) -> FixedScheme:
     """The balance that keeps the products' outputs closest, and the scale that the largest input needs.
 
     rows [rows, K] inputs of real prompts, weights [K, N]
@@ -81,11 +81,11 @@ def choose_scheme(rows: Float, weights: Sequence[Float], form: EightBit) -> Sche
     outputs = [sample @ weight for weight in weights]
     channels = np.abs(rows).max(0)
 
-    def scheme(balance: Float) -> Scheme:
+    def scheme(balance: Float) -> FixedScheme:
         largest = (channels / balance).max()
-        return Scheme(balance, _half_scale(largest / np.float32(LARGEST[form])))
+        return FixedScheme(balance, _half_scale(largest / np.float32(LARGEST[form])))
 
-    def error(candidate: Scheme) -> float:
+    def error(candidate: FixedScheme) -> float:
         inputs = _rounded(sample / candidate.balance, candidate.scale, form)
         return sum(
             float(
@@ -130,7 +130,9 @@ def _half_scale(scale: Any) -> Any:
     return np.maximum(scale, SMALLEST).astype(np.float16).astype(np.float32)
 
 
-def _narrow_input(source: str, scheme: Scheme, form: EightBit, graph: Graph) -> list[NodeProto]:
+def _narrow_input(
+    source: str, scheme: FixedScheme, form: EightBit, graph: Graph
+) -> list[NodeProto]:
     """source [..., K] -> `source/8bit`, which is fp16 again"""
     balanced, steps = source, []
     if (scheme.balance != 1).any():

@@ -97,12 +97,12 @@ def linear_layers(model: onnx.ModelProto) -> dict[str, NodeProto]:
     return {node.output[0]: node for node in graph.nodes if _is_linear(node, graph)}
 
 
-def checked_layers(model: onnx.ModelProto, keep_fp32: Collection[str]) -> dict[str, NodeProto]:
-    """The same; raises ExportError if there is no layer of a name in keep_fp32."""
+def checked_layers(model: onnx.ModelProto, kept: Collection[str]) -> dict[str, NodeProto]:
+    """The same; raises ExportError if there is no layer of a name in `kept`."""
     layers = linear_layers(model)
-    if unknown := sorted(set(keep_fp32) - set(layers)):
+    if unknown := sorted(set(kept) - set(layers)):
         raise ExportError(
-            f"there is no layer {unknown[0]!r} to keep in fp32; there are {', '.join(layers)}"
+            f"there is no layer {unknown[0]!r} to keep; there are {', '.join(layers)}"
         )
     return layers
 

@@ -17,10 +17,20 @@ from pathlib import Path
 from lance_edge.bundle import Bundle
 from lance_edge.errors import ExportError, InvalidOption
 from lance_edge.graphs import Part
-from lance_edge_engines.plan_record import RECORD, PlanEntry, PlanRecord, RuntimeName
+from lance_edge_engines.plan_record import (
+    RECORD,
+    PlanEntry,
+    PlanPrecision,
+    PlanRecord,
+    RuntimeName,
+    capability,
+)
 from lance_edge_engines.trt import import_runtime
 from lance_edge_export.build_plan import Built, Job, answer_path, known_targets
-from lance_edge_export.plan_graphs import EightBits, PlanGraph, PlanPrecision, write_graph
+from lance_edge_export.plan_graphs import EightBits, PlanGraph, write_graph
+from lance_edge_export.qdq import EIGHT_BIT
+
+FP8_FROM = (8, 9)  # the first compute capability with fp8
 
 Report = Callable[[str, float], None]  # what is being done, and which share of it is done
 
@@ -49,6 +59,18 @@ class PlanOptions:
     eight_bits: EightBits | None = None
 
     def __post_init__(self) -> None:
+        if (self.precision in EIGHT_BIT) != (self.eight_bits is not None):
+            raise InvalidOption(
+                "int8 and fp8 need real prompts to choose their scales on (eight_bits), and other "
+                "precisions take none"
+            )
+        if self.precision == "fp8" and self.runtime == "rtx":
+            old = [target for target in self.targets if capability(target) < FP8_FROM]
+            if old or not self.targets:
+                raise InvalidOption(
+                    f"fp8 is for GPUs from sm_89 on, and {', '.join(old) or 'no --target'} was given; "
+                    "name those with --target"
+                )
         if self.runtime == "tensorrt" and self.targets:
             raise InvalidOption(
                 "TensorRT builds for the GPU that it runs on; leave --target out and run the "
@@ -73,6 +95,11 @@ def build_plans(
     """
     if out.exists():
         raise InvalidOption(f"{out} exists; name another folder, or remove it first")
+    if options.precision in EIGHT_BIT and "screener" not in parts:
+        raise InvalidOption(
+            f"{options.precision} is for the screener, and only the refiner's plan was asked for; "
+            "build that in fp16"
+        )
     check_targets(options)
     out.parent.mkdir(parents=True, exist_ok=True)
     _remove_old(out)
@@ -243,9 +270,9 @@ def summary(record: PlanRecord) -> list[str]:
         ]
         if entry.parity is not None:
             lines.append(
-                f"          8 bits against fp32, on {entry.parity['prompts']} prompts: severities "
-                f"differ by at most {entry.parity['largest_difference']:.3f}, "
-                f"{entry.parity['flipped_decisions']:.2%} of the decisions change"
+                f"          8 bits against fp32, on {entry.parity.prompts} prompts: severities "
+                f"differ by at most {entry.parity.largest_difference:.3f}, "
+                f"{entry.parity.flipped_decisions:.2%} of the decisions change"
             )
         if entry.engine is None:
             lines.append(f"          not read back: {entry.not_read_back}")

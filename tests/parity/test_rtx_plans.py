@@ -20,7 +20,7 @@ from lance_edge_engines.cuda import Gpu
 from lance_edge_engines.plan_record import Profile, check_plan, read_record
 from lance_edge_export.build_plan import Built, known_targets
 from lance_edge_export.plain_decoder import FloatPrecision
-from lance_edge_export.plan_graphs import PlanGraph, write_graph
+from lance_edge_export.plan_graphs import EightBits, PlanGraph, write_graph
 from lance_edge_export.qdq import EIGHT_BIT, EightBit, eight_bit_products
 from lance_edge_export.to_plan import PlanOptions, build_part, build_plans, job_of, run_build
 
@@ -96,7 +96,7 @@ def test_products_in_8_bits(form: EightBit, tmp_path: Path) -> None:
     )
     profile: Profile = {"ids": ((1,), (16,), (64,))}
     graph = PlanGraph("screener", path, form, {}, [profile])
-    options = PlanOptions("rtx", form, targets=("sm_89",))
+    options = PlanOptions("rtx", form, targets=("sm_89",), eight_bits=EightBits(["hello"]))
     built = run_build(job_of(graph, tmp_path / "x.plan", options), silent)
     assert built.network is not None
     assert built.network["types"][form.upper()] == 4  # both inputs, both weights

@@ -25,7 +25,7 @@ from lance_edge_engines.plan_record import read_record
 from lance_edge_export import build_plan, to_plan
 from lance_edge_export.build_plan import Job, build, share_done
 from lance_edge_export.plan_cli import parse_device, parse_targets
-from lance_edge_export.plan_graphs import write_graph
+from lance_edge_export.plan_graphs import EightBits, write_graph
 from lance_edge_export.to_plan import PlanOptions, build_plans, run_build, summary
 
 FAKE = """
@@ -132,6 +132,13 @@ def test_what_a_plan_is_built_from_changes_its_name(
         ({"version_compatible": True}, "--version-compatible: only --runtime tensorrt"),
         ({"hardware_compatible": True}, "--hardware-compatible: only --runtime tensorrt"),
         ({"timing_cache": Path("x")}, "--timing-cache: only --runtime tensorrt"),
+        ({"precision": "int8"}, "int8 and fp8 need real prompts"),
+        ({"eight_bits": EightBits(["hello"])}, "other precisions take none"),
+        ({"precision": "fp8", "eight_bits": EightBits(["hello"])}, "no --target was given"),
+        (
+            {"precision": "fp8", "eight_bits": EightBits(["hello"]), "targets": ("sm_89", "sm_86")},
+            "fp8 is for GPUs from sm_89 on, and sm_86 was given",
+        ),
         (
             {"targets": ("sm_87", "sm_86")},
             "has no target sm_87; choose from sm_75, sm_86, sm_89, sm_120",
@@ -144,6 +151,29 @@ def test_options_that_do_not_fit(
     with pytest.raises(InvalidOption, match=message):
         built(tiny_bundle, tmp_path / "plans", **options)
     assert not left_in(tmp_path)
+
+
+def test_8_bits_are_the_screeners(rtx: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    options = {"precision": "int8", "eight_bits": EightBits(["hello"])}
+    with pytest.raises(InvalidOption, match="int8 is for the screener, and only the refiner's"):
+        built(tiny_bundle, tmp_path / "plans", "refiner", **options)
+    assert not left_in(tmp_path)
+    with pytest.raises(InvalidOption, match="there are none"):
+        EightBits([])
+
+
+def test_a_plan_in_8_bits_says_what_they_change(
+    rtx: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(to_plan, "run_build", build)
+    out = tmp_path / "plans"
+    built(tiny_bundle, out, precision="int8", eight_bits=EightBits(["hello the bomb", "the cake"]))
+    record = read_record(out)
+    entry = record.plans["screener"]
+    assert (entry.precision, entry.parity and entry.parity.prompts) == ("int8", 2)
+    assert entry.file.startswith("screener-rtx-int8-")
+    (line,) = [line for line in summary(record) if "8 bits against fp32" in line]
+    assert "on 2 prompts: severities differ by at most 0.000, 0.00% of" in line
 
 
 def test_a_folder_that_exists_is_left_alone(rtx: Path, tiny_bundle: Path, tmp_path: Path) -> None:

@@ -27,8 +27,10 @@ import lance_edge
 from lance_edge import cli
 from lance_edge.bundle import Calibration, open_bundle
 from lance_edge.decoder import Decoder
+from lance_edge.errors import InvalidOption
 from lance_edge.graphs import sources
 from lance_edge.refiner import Refiner
+from lance_edge.verify import check_goldens
 from lance_edge.weights import make_weights
 from lance_edge_engines import DeviceUnavailable, SessionError, cuda, open_session, trt
 from lance_edge_engines.cuda import Device, Gpu
@@ -259,6 +261,13 @@ def not_pulled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LANCE_EDGE_CACHE", str(tmp_path / "empty"))
 
 
+PARITY = {
+    "prompts": 9,
+    "largest_difference": 0.1,
+    "mean_difference": 0.0,
+    "flipped_decisions": 0.0,
+    "worst_layers": {},
+}
 PROMPTS = ["hello the cake", "hello the bomb", "kill safely", "the minor", "spy " * 60]
 
 
@@ -319,18 +328,72 @@ def test_what_has_no_plan_runs_on_the_device(
         assert (pipeline.screener.device, pipeline.refiner.decoder.device) == (api, "cpu")
 
 
-def test_a_pipeline_refuses_another_bundles_plans(
-    api: str, plans: Plans, gpu: None, refining: Path, tmp_path: Path
-) -> None:
-    folder = plans("screener")
+def changed(folder: Path, part: str, **values: Any) -> Path:
+    """The folder, with other values in the record of a plan."""
     path = folder / "plan.json"
-    values = json.loads(path.read_text())
-    values["plans"]["screener"]["sources"] = {"screener.onnx": "0" * 64}
-    path.write_text(json.dumps(values))
-    with pytest.raises(PlanStale, match=r"was built from another screener.onnx than the bundle's"):
+    record = json.loads(path.read_text())
+    record["plans"][part] |= values
+    path.write_text(json.dumps(record))
+    return folder
+
+
+@pytest.mark.parametrize("part", ["screener", "refiner"])
+def test_a_pipeline_refuses_another_bundles_plans(
+    plans: Plans, gpu: None, refining: Path, part: str
+) -> None:
+    """Also the refiner's, which is only opened when it is needed."""
+    name = f"{part}.onnx"
+    folder = changed(plans("screener", "refiner"), part, sources={name: "0" * 64})
+    with pytest.raises(PlanStale, match=f"was built from another {name}.* than the bundle's"):
         lance_edge.load(refining, plans=folder)
+
+
+def test_a_folder_without_plans_is_refused(refining: Path, tmp_path: Path) -> None:
     with pytest.raises(SessionError, match=r"plan.json is missing; build plans with `lance-edge"):
         lance_edge.load(refining, plans=tmp_path)
+    file = tmp_path / "plan.json"
+    file.write_text('{"format": 2, "plans": {}}')
+    with pytest.raises(SessionError, match="it has plans of nothing"):
+        lance_edge.load(refining, plans=tmp_path)
+    with pytest.raises(SessionError, match="name the folder that `lance-edge plan` wrote"):
+        lance_edge.load(refining, plans=file)
+
+
+def test_a_public_key_cannot_vouch_for_plans(refining: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidOption, match="plans are not signed"):
+        lance_edge.load(refining, plans=tmp_path, public_key=tmp_path / "key.pem")
+
+
+@pytest.mark.parametrize(
+    ("largest", "allowed"), [(0.003, 1e-5 + 1e-2), (0.0, 1e-5 + 1e-2), (0.11, 1e-5 + 0.11)]
+)
+def test_verify_allows_what_8_bits_were_measured_to_change(
+    plans: Plans, gpu: None, refining: Path, largest: float, allowed: float
+) -> None:
+    parity = PARITY | {"largest_difference": largest}
+    folder = changed(plans("screener"), "screener", precision="fp8", parity=parity)
+    with lance_edge.load(refining, threads=1, looks="1", plans=folder) as pipeline:
+        assert check_goldens(pipeline).tolerance == pytest.approx(allowed)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"parity": "abc"}, "is not a record of plans"),
+        ({"parity": {"x": 1}}, "is not a record of plans"),
+        ({"parity": PARITY | {"largest_difference": "0.1"}}, "must be numbers from 0 to 1"),
+        ({"parity": PARITY | {"largest_difference": float("inf")}}, "must be numbers from 0 to 1"),
+        ({"parity": PARITY | {"mean_difference": float("nan")}}, "must be numbers from 0 to 1"),
+        ({"precision": ["x"]}, r"there is no precision \['x'\]"),
+        ({"sources": None}, "sources must be an object"),
+        ({"targets": "sm_86"}, "targets a list"),
+    ],
+)
+def test_a_record_with_odd_values_is_refused(
+    plans: Plans, refining: Path, values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SessionError, match=message):
+        lance_edge.load(refining, plans=changed(plans("screener"), "screener", **values))
 
 
 def test_commands_take_plans(
@@ -349,7 +412,9 @@ def test_commands_take_plans(
     verified = CliRunner().invoke(cli.app, ["verify", *options])
     assert verified.exit_code == 0, verified.output
     # The bundle's own 1e-5, and what fp16 adds.
-    assert f" prompts on {api}: " in verified.stdout and "(allowed 1e-02)" in verified.stdout
+    assert f" prompts on {api}: " in verified.stdout and "(allowed 0.01)" in verified.stdout
+    for part in ("screener", "refiner"):
+        assert f"{read_record(folder).plans[part].file}: the {part}, fits" in verified.stdout
 
 
 def test_a_missing_folder_of_plans_is_said(refining: Path, tmp_path: Path) -> None:
@@ -376,7 +441,8 @@ def test_a_plan_from_another_bundle_is_stale(
     open_plan(record_path, "screener", wanted, memory=memory).close()
     with pytest.raises(PlanStale, match=r"was built from another screener.onnx than") as caught:
         open_plan(record_path, "screener", {"screener.onnx": "0" * 64}, memory=memory)
-    assert f"run `lance-edge plan BUNDLE --runtime {api} --out " in str(caught.value)
+    wanted_again = f"--runtime {api} --precision fp32 --only screener --out {record_path}.new"
+    assert f"run `lance-edge plan BUNDLE {wanted_again}`" in str(caught.value)
 
 
 def test_a_plan_of_another_version_is_stale(

@@ -18,7 +18,7 @@ import typer
 from lance_edge.screener import FloatArray
 from lance_edge.tokenizer import Tokenizer
 from lance_edge_training.checkpoint import load_screener, write_json
-from lance_edge_training.data import Example, development_examples
+from lance_edge_training.data import DataError, Example, development_examples
 from lance_edge_training.evaluate import (
     Latents,
     evaluation_sets,
@@ -80,7 +80,7 @@ def thresholds_at(
         if name.startswith("hard_benign/")
     ]
     if not sets:
-        raise ValueError("the calibration half has no hard-benign prompts to choose thresholds on")
+        raise DataError("the calibration half has no hard-benign prompts to choose thresholds on")
 
     def equal_rate(rate: float) -> FloatArray:
         # The lowest threshold that flags at most this share, on the mean over sets.
@@ -104,7 +104,7 @@ def thresholds_at(
 def main(
     checkpoint: Annotated[Path, typer.Option(help="Folder written by the trainer.")],
     data: Annotated[Path, typer.Option(help="Folder with prompts/ and pairs/.")],
-    false_positive_rate: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.13,
+    false_positive_rate: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.11,
 ) -> None:
     """Fit the calibration and choose thresholds; writes calibration.json into the checkpoint."""
     screener, description = load_screener(checkpoint)

@@ -11,13 +11,18 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoConfig, AutoModel
 
+from lance_edge_training.data import DataError
 from lance_edge_training.model import Screener
 
 
@@ -52,10 +57,37 @@ def load_screener(folder: Path) -> tuple[Screener, dict[str, Any]]:
     return screener.eval(), description
 
 
-def earlier_run(path: Path) -> dict[str, Any]:
-    """What became of the run that left this training.pt: its settings and the step it reached."""
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    return {"settings": saved["settings"], "step": saved["step"]}
+@dataclass(frozen=True)
+class EarlierRun:
+    """What an earlier run left in its training.pt.
+
+    origin    its settings and the step it reached
+    networks  state dicts by name
+    """
+
+    origin: dict[str, Any]
+    networks: dict[str, Any]
+
+
+def earlier_run(path: Path, networks: Sequence[str]) -> EarlierRun:
+    """The networks of these names. Raises DataError if the file is none of such a run."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        origin = {"settings": saved["settings"], "step": saved["step"]}
+        found = {name: saved[name] for name in networks}
+    except (OSError, KeyError, TypeError, RuntimeError, UnpicklingError) as error:
+        raise DataError(f"{path} is not what such a run leaves: {error}") from error
+    if lacking := [name for name, state in found.items() if not isinstance(state, dict)]:
+        raise DataError(f"{path} is of another kind of run: it has no {', '.join(lacking)}")
+    return EarlierRun(origin, found)
+
+
+def take_over(network: nn.Module, state: dict[str, Any], strict: bool = True) -> None:
+    """Give a network the weights of an earlier run. Raises DataError if they do not fit."""
+    try:
+        network.load_state_dict(state, strict=strict)
+    except RuntimeError as error:
+        raise DataError(f"the earlier run's weights do not fit: {str(error)[:300]}") from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -28,6 +28,10 @@ HARMFUL_SEVERITY = 0.5  # a category is positive, and a prompt harmful, from her
 BENIGN_SEVERITY = 0.2  # a prompt is benign up to here; between the two it counts as neither
 
 
+class DataError(ValueError):
+    """Training or development data that cannot be used."""
+
+
 @dataclass(frozen=True)
 class Example:
     """One labelled prompt.
@@ -73,7 +77,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 yield json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
+                raise DataError(f"{path}, line {number}: {error}") from error
 
 
 def prompt_example(row: dict[str, Any], categories: Sequence[str]) -> Example:
@@ -124,13 +128,13 @@ def split_rows(
 ) -> Iterator[dict[str, Any]]:
     """Rows of FOLDER/kind/split.jsonl, gzipped (.gz) or not; none if there is no such file.
 
-    Of the training split only rows whose licence allows training. Raises ValueError if there are
+    Of the training split only rows whose licence allows training. Raises DataError if there are
     both files.
     """
     plain = folder / kind / f"{split}.jsonl"
     found = [path for path in (plain, plain.with_suffix(".jsonl.gz")) if path.exists()]
     if len(found) > 1:
-        raise ValueError(f"{plain} stands beside {found[1].name}; remove one of them")
+        raise DataError(f"{plain} stands beside {found[1].name}; remove one of them")
     for path in found:
         for row in read_rows(path):
             if split != "train" or row["may_train"] is True:
@@ -138,16 +142,16 @@ def split_rows(
 
 
 def check_folders(folders: Sequence[Path]) -> None:
-    """Raises ValueError for a folder without training data, as a mistyped one is."""
+    """Raises DataError for a folder without training data, as a mistyped one is."""
     for folder in folders:
         if not any(any((folder / kind).glob("train.jsonl*")) for kind in ("prompts", "pairs")):
-            raise ValueError(f"{folder} has neither prompts/train.jsonl nor pairs/train.jsonl")
+            raise DataError(f"{folder} has neither prompts/train.jsonl nor pairs/train.jsonl")
 
 
 def training_examples(folders: Sequence[Path], categories: Sequence[str]) -> list[Example]:
     """All examples that may be trained on: of each folder its prompts, then its pairs.
 
-    Raises ValueError for a folder without training data.
+    Raises DataError for a folder without training data.
     """
     check_folders(folders)
     examples = []
@@ -162,13 +166,13 @@ def training_examples(folders: Sequence[Path], categories: Sequence[str]) -> lis
 def development_examples(folder: Path, categories: Sequence[str]) -> list[Example]:
     """All examples of the development data; of a pair, its prompt alone.
 
-    Raises ValueError if there are none.
+    Raises DataError if there are none.
     """
     prompts = [prompt_example(row, categories) for row in split_rows(folder, "prompts", "dev")]
     pairs = split_rows(folder, "pairs", "test")
     examples = prompts + [pair_examples(row, categories)[0] for row in pairs]
     if not examples:
-        raise ValueError(
+        raise DataError(
             f"{folder} has no rows in prompts/dev.jsonl or pairs/test.jsonl, gzipped or not"
         )
     return examples
@@ -194,7 +198,7 @@ def _harmful(severity: dict[str, float]) -> bool | None:
 def _check(row: dict[str, Any], categories: Sequence[str]) -> None:
     named = set(row.get("labels") or []) | set(row.get("severity") or {})
     if unknown := named - set(categories):
-        raise ValueError(f"row {row['id']}: categories {sorted(unknown)} are not in the taxonomy")
+        raise DataError(f"row {row['id']}: categories {sorted(unknown)} are not in the taxonomy")
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def load_records(
     """Training rows whose licence allows it: refinement pairs, and prompts for the second look.
 
     A pair's rewrite stands among the prompts too, as the benign twin of its hazardous prompt.
-    Raises ValueError for a folder without training data.
+    Raises DataError for a folder without training data.
     """
     check_folders(folders)
     pairs, prompts = [], []

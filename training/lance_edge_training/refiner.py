@@ -25,7 +25,7 @@ import lance_edge
 from lance_edge.bundle import Template, default_bundle
 from lance_edge.language import LanguageTokenizer
 from lance_edge_training.base_model import base_tokenizer, load_base
-from lance_edge_training.checkpoint import earlier_run, write_json
+from lance_edge_training.checkpoint import earlier_run, take_over, write_json
 from lance_edge_training.lowrank import add_low_rank, low_rank_layers
 from lance_edge_training.model import Enhancer, Head, Reading
 from lance_edge_training.objective import Weights, variational_terms
@@ -114,6 +114,7 @@ class RefinerTrainer:
         dealt = sum(len(corpus.batches(epoch)) for epoch in range(settings.epochs))
         self.steps = min(dealt, settings.steps or dealt)
         self.step = 0
+        self.started_from: dict[str, Any] | None = None
         self.deltas = [p for p in refiner.network.parameters() if p.requires_grad]
         self.heads = [*refiner.head.parameters(), *self.enhancer.parameters()]
         self.optimizer = torch.optim.AdamW(
@@ -126,10 +127,14 @@ class RefinerTrainer:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
 
     def start_from(self, path: Path) -> None:
-        """Take over the weights of an earlier run's training.pt; its optimiser and position stay."""
-        saved = torch.load(path, map_location=self.device, weights_only=True)
-        self.refiner.load_state_dict(saved["refiner"], strict=False)
-        self.enhancer.load_state_dict(saved["enhancer"])
+        """Take over the weights of an earlier run's training.pt, not its optimiser and position.
+
+        Raises DataError if they are not of such a network.
+        """
+        earlier = earlier_run(path, ["refiner", "enhancer"])
+        take_over(self.refiner, earlier.networks["refiner"], strict=False)  # the base is not in it
+        take_over(self.enhancer, earlier.networks["enhancer"])
+        self.started_from = earlier.origin
 
     def run(self, checkpoint: Path, save_every: int) -> None:
         """Train to the end, saving to `checkpoint` every `save_every` steps."""
@@ -183,6 +188,7 @@ class RefinerTrainer:
             {
                 "step": self.step,
                 "settings": asdict(self.settings),
+                "started_from": self.started_from,
                 "refiner": self._trained(),
                 "enhancer": self.enhancer.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
@@ -194,7 +200,8 @@ class RefinerTrainer:
 
     def _restore(self, path: Path) -> None:
         saved = torch.load(path, map_location=self.device, weights_only=True)
-        if saved["settings"] != asdict(self.settings):
+        before = (saved["settings"], saved.get("started_from"))
+        if before != (asdict(self.settings), self.started_from):
             raise typer.BadParameter(f"{path} was made with other settings; choose another --out")
         self.refiner.load_state_dict(saved["refiner"], strict=False)
         self.enhancer.load_state_dict(saved["enhancer"])
@@ -299,7 +306,8 @@ def main(
     refiner = Refiner(load_base(base), len(categories), settings)
     trainer = RefinerTrainer(refiner, corpus, settings, device)
     if start:
-        trainer.start_from(start)
+        with usage_errors():
+            trainer.start_from(start)
     typer.echo(
         f"{len(pairs)} pairs, {len(prompts)} prompts, {trainer.steps} steps on {device}", err=True
     )
@@ -311,7 +319,7 @@ def main(
         "categories": categories,
         "provenance": {
             "settings": asdict(settings),
-            "started_from": earlier_run(start) if start else None,
+            "started_from": trainer.started_from,
             "weights": asdict(trainer.weights),
             "pairs": len(pairs),
             "prompts": len(prompts),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lance_edge.tokenizer import Tokenizer
-from lance_edge_training.checkpoint import earlier_run, new_screener, save_screener
+from lance_edge_training.checkpoint import earlier_run, new_screener, save_screener, take_over
 from lance_edge_training.data import (
     Batch,
     Corpus,
@@ -78,6 +78,7 @@ class Trainer:
         self.device, self.bf16 = device, bf16
         self.steps = sum(len(corpus.batches(epoch)) for epoch in range(settings.epochs))
         self.step = 0
+        self.started_from: dict[str, Any] | None = None
         # The embeddings stay as pretrained: half of all weights, and rare words would overfit.
         screener.encoder.get_input_embeddings().requires_grad_(False)  # type: ignore[operator]
         self.optimizer = torch.optim.AdamW(
@@ -90,11 +91,16 @@ class Trainer:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
 
     def start_from(self, path: Path) -> None:
-        """Take over the weights of an earlier run's training.pt; its optimiser and position stay."""
-        saved = torch.load(path, map_location=self.device, weights_only=True)
-        self.screener.load_state_dict(saved["screener"])
-        if self.enhancer is not None:
-            self.enhancer.load_state_dict(saved["enhancer"])
+        """Take over the weights of an earlier run's training.pt, not its optimiser and position.
+
+        Raises DataError if they are not of such a network.
+        """
+        networks = {"screener": self.screener, "enhancer": self.enhancer}
+        wanted = {name: network for name, network in networks.items() if network is not None}
+        earlier = earlier_run(path, list(wanted))
+        for name, network in wanted.items():
+            take_over(network, earlier.networks[name])
+        self.started_from = earlier.origin
 
     def run(self, checkpoint: Path, save_every: int) -> None:
         """Train to the end, saving to `checkpoint` every `save_every` steps."""
@@ -153,6 +159,7 @@ class Trainer:
             {
                 "step": self.step,
                 "settings": asdict(self.settings),
+                "started_from": self.started_from,
                 "screener": self.screener.state_dict(),
                 "enhancer": None if self.enhancer is None else self.enhancer.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
@@ -164,7 +171,8 @@ class Trainer:
 
     def _restore(self, path: Path) -> None:
         state = torch.load(path, map_location=self.device, weights_only=True)
-        if state["settings"] != asdict(self.settings):
+        before = (state["settings"], state.get("started_from"))
+        if before != (asdict(self.settings), self.started_from):
             raise ValueError(
                 f"{path} was written with other settings; give them again, or remove it to start afresh"
             )
@@ -261,7 +269,8 @@ def main(
         bf16,
     )
     if start:
-        trainer.start_from(start)
+        with usage_errors():
+            trainer.start_from(start)
     typer.echo(
         f"{len(examples)} rows, {trainer.steps} steps on {device}, {'bf16' if bf16 else 'fp32'}",
         err=True,
@@ -274,7 +283,7 @@ def main(
         "overlap": settings.overlap,
         "provenance": {
             "settings": asdict(settings),
-            "started_from": earlier_run(start) if start else None,
+            "started_from": trainer.started_from,
             "weights": asdict(weights),
             "rows": len(examples),
             "sources": sources,

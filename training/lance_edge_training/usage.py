@@ -7,11 +7,13 @@ from contextlib import contextmanager
 
 import typer
 
+from lance_edge_training.data import DataError
+
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """A ValueError, as data that cannot be used raises it, is wrong usage of the command."""
+    """Data that cannot be used is wrong usage of the command."""
     try:
         yield
-    except ValueError as error:
+    except DataError as error:
         raise typer.BadParameter(str(error)) from error
