@@ -80,6 +80,22 @@ def categories() -> str:
     )
 
 
+def disguises() -> str:
+    """Prompts in other letters."""
+    values = read("disguises")
+    rows = [
+        (
+            name,
+            f"{row['still_flagged']} of {values['flagged_prompts']}",
+            f"{row['newly_flagged']} of {values['harmless_prompts']}",
+        )
+        for name, row in values["disguises"].items()
+    ]
+    return table(
+        ("disguise", "flagged prompts that stay flagged", "harmless ones that become so"), rows
+    )
+
+
 def ablation() -> str:
     """Variational against plain."""
     rows = [
@@ -291,6 +307,7 @@ TABLES: dict[str, Callable[[], str]] = {
         overall,
         sets,
         categories,
+        disguises,
         ablation,
         ablation_errors,
         int8,
