@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from tokenizers import Encoding
 from tokenizers import Tokenizer as HFTokenizer
 
 from lance_edge.errors import BundleError, InvalidPrompt
+from lance_edge.spelling import meant
 
 IntArray = npt.NDArray[np.int64]
 
@@ -62,9 +63,19 @@ class Tokenizer:
     def encode(self, text: str) -> list[Window]:
         """The prompt's windows, in order; one if the prompt is short.
 
+        Those of the text as it stands, then, if words in it are spelled with digits or gaps, those of the
+        text as it may be meant; all offsets are into the text as it stands.
+
         Raises InvalidPrompt if the text is blank or not valid Unicode.
         """
         check_text(text)
+        windows = self._windows(text)
+        if read := meant(text):
+            words, places = read
+            windows += [_placed(window, places) for window in self._windows(words)]
+        return windows
+
+    def _windows(self, text: str) -> list[Window]:
         first = self._tokenizer.encode(text)
         return [_window(encoding) for encoding in [first, *first.overflowing]]
 
@@ -100,3 +111,12 @@ def _window(encoding: Encoding) -> Window:
         offsets=np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2),
         words=np.array([-1 if word is None else word for word in words], dtype=np.int64),
     )
+
+
+def _placed(window: Window, places: IntArray) -> Window:
+    """A window of a text whose characters stand elsewhere  [characters], with offsets of there."""
+    offsets = window.offsets.copy()
+    real = offsets[:, 1] > offsets[:, 0]
+    offsets[real, 0] = places[offsets[real, 0]]
+    offsets[real, 1] = places[offsets[real, 1] - 1] + 1
+    return replace(window, offsets=offsets)

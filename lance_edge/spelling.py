@@ -1,0 +1,58 @@
+"""Words spelled with digits for letters, or with gaps between the letters, as they are meant. Pure functions.
+
+A person reads "b0mb" and "b o m b" as one word; a tokenizer does not. What harmless digits and lone letters
+mean must not change, so a text is read in both ways: as it stands, and as it may be meant.
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+
+DIGITS = str.maketrans("013457", "oieast")
+ARTICLES = "aAI"  # lone letters that are words
+# Digits between letters ("b0mb", not "3D" or "10am"), with no other digits in the word; or four lone letters
+# and more, with the same gap between them.
+_DISGUISED = re.compile(
+    r"""
+    (?<![^\W_]) (?: [^\W\d_]+ [013457]+ )+ [^\W\d_] [^\W_]*
+    | (?<![^\W_]) [^\W\d_] (?P<gap>[ .*_-]) [^\W\d_] (?: (?P=gap) [^\W\d_] ){2,} (?![^\W_])
+    """,
+    re.VERBOSE,
+)
+
+
+def meant(text: str) -> tuple[str, IntArray] | None:
+    """The text as it may be meant, and where in the text each of its characters stands  [characters]
+
+    None if it is spelled as it is meant.
+    """
+    pieces: list[str] = []
+    places: list[int] = []
+
+    def take(start: int, end: int, piece: str) -> None:
+        pieces.append(piece)
+        places.extend(range(start, end))
+
+    last = 0
+    for match in _DISGUISED.finditer(text):
+        start, end = match.span()
+        take(last, start, text[last:start])
+        if match["gap"]:
+            skipped = [0]
+            if text[start] in ARTICLES:  # "a b o m b" is "a bomb", "a t t a c k" is "attack": both
+                skipped = [0, 1]
+            for skip in skipped:
+                pieces.append(" " * (skip > 0) + match[0][2 * skip :: 2])
+                places.extend([start + 1] * (skip > 0) + list(range(start + 2 * skip, end, 2)))
+        else:
+            take(start, end, match[0].translate(DIGITS))
+        last = end
+    if not pieces:
+        return None
+    take(last, len(text), text[last:])
+    return "".join(pieces), np.array(places, np.int64)
