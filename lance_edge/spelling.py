@@ -24,6 +24,8 @@ _DISGUISED = re.compile(
     """,
     re.VERBOSE,
 )
+# What each of the two has somewhere in it: quick to look for, and rare.
+_HINT = re.compile(r"[013457][^\W\d_]|[ .*_-][^\W\d_][ .*_-][^\W\d_][ .*_-]")
 
 
 def meant(text: str) -> tuple[str, IntArray] | None:
@@ -31,6 +33,8 @@ def meant(text: str) -> tuple[str, IntArray] | None:
 
     None if it is spelled as it is meant.
     """
+    if not _HINT.search(text):
+        return None
     pieces: list[str] = []
     places: list[int] = []
 
