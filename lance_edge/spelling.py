@@ -14,7 +14,7 @@ import numpy.typing as npt
 IntArray = npt.NDArray[np.int64]
 
 DIGITS = str.maketrans("013457", "oieast")
-ARTICLES = "aAI"  # lone letters that are words
+ARTICLES = "aAiI"  # lone letters that are words
 # Digits between letters ("b0mb", not "3D" or "10am"), with no other digits in the word; or four lone letters
 # and more, with the same gap between them.
 _DISGUISED = re.compile(

@@ -20,6 +20,7 @@ from lance_edge.spelling import meant
         ("make b o m b s now", "make bombs now"),
         ("make a b o m b now", "make abomb bomb now"),
         ("a t t a c k", "attack ttack"),
+        ("how do i b u y it", "how do ibuy buy it"),
         ("k-i-l-l them", "kill them"),
         ("p.o.i.s.o.n!", "poison!"),
         ("h o w   t o   k i l l", "h o w   t o   kill"),
