@@ -433,7 +433,7 @@ def verify(
         if spec is not None and weights_path(pipeline.bundle, spec).is_file():
             open_weights(pipeline.bundle, spec)
             typer.echo("refiner  its weights agree with the manifest")
-        if plans is not None and "refiner" in pipeline.plans:
+        if "refiner" in pipeline.plans:
             _ = pipeline.refiner  # its plan's hash, version and GPU
         for part, plan in pipeline.plans.items():
             typer.echo(f"plan     {plan.file}: the {part}, fits this machine")

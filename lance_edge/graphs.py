@@ -11,7 +11,7 @@ from lance_edge.bundle import Bundle, RefinerSpec
 from lance_edge.cache import open_weights, weights_path
 from lance_edge.errors import BundleError
 from lance_edge.weights import WEIGHTS
-from lance_edge_engines import Session, open_session
+from lance_edge_engines import Session, SessionError, open_session
 
 if TYPE_CHECKING:
     from lance_edge_engines.plan_record import PlanEntry
@@ -75,6 +75,8 @@ def open_graphs(
     from lance_edge_engines.plan_record import check_sources, read_record
 
     record = read_record(plans)
+    if unknown := sorted(set(record.plans) - set(PARTS)):
+        raise SessionError(f"{plans} has plans of {', '.join(unknown)}; build the plans again")
     for part in PARTS:
         if part in record.plans:
             check_sources(plans, record, part, sources(bundle, part))

@@ -7,6 +7,7 @@ mean must not change, so a text is read in both ways: as it stands, and as it ma
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -38,25 +39,22 @@ def meant(text: str) -> tuple[str, IntArray] | None:
     pieces: list[str] = []
     places: list[int] = []
 
-    def take(start: int, end: int, piece: str) -> None:
+    def take(where: Iterable[int], piece: str) -> None:
         pieces.append(piece)
-        places.extend(range(start, end))
+        places.extend(where)
 
     last = 0
     for match in _DISGUISED.finditer(text):
         start, end = match.span()
-        take(last, start, text[last:start])
+        take(range(last, start), text[last:start])
         if match["gap"]:
-            skipped = [0]
+            take(range(start, end, 2), match[0][::2])
             if text[start] in ARTICLES:  # "a b o m b" is "a bomb", "a t t a c k" is "attack": both
-                skipped = [0, 1]
-            for skip in skipped:
-                pieces.append(" " * (skip > 0) + match[0][2 * skip :: 2])
-                places.extend([start + 1] * (skip > 0) + list(range(start + 2 * skip, end, 2)))
+                take([start + 1, *range(start + 2, end, 2)], " " + match[0][2::2])
         else:
-            take(start, end, match[0].translate(DIGITS))
+            take(range(start, end), match[0].translate(DIGITS))
         last = end
     if not pieces:
         return None
-    take(last, len(text), text[last:])
+    take(range(last, len(text)), text[last:])
     return "".join(pieces), np.array(places, np.int64)

@@ -123,8 +123,8 @@ def read_record(folder: Path) -> PlanRecord:
                 f"{path} has format {found!r} and this version reads {FORMAT}; build the plans again"
             )
         plans = {name: _entry(entry) for name, entry in values.pop("plans").items()}
-        if not plans or set(plans) - {"screener", "refiner"}:
-            raise ValueError(f"it has plans of {', '.join(plans) or 'nothing'}")
+        if not plans:
+            raise ValueError("it has plans of nothing")
         if values.get("runtime") not in get_args(RuntimeName):
             raise ValueError(f"there is no runtime {values.get('runtime')!r}")
         return PlanRecord(plans=plans, **values)
@@ -134,9 +134,12 @@ def read_record(folder: Path) -> PlanRecord:
 
 def check_sources(folder: Path, record: PlanRecord, name: str, sources: Mapping[str, str]) -> None:
     """Raises PlanStale if a plan was made from other files than these: name -> SHA-256."""
-    if reason := _other_sources(record.plans[name], sources):
-        path = folder / record.plans[name].file
-        raise PlanStale(f"{path} {reason}; run `{rebuild(folder, record)}`")
+    entry = record.plans[name]
+    if odd := [file for file, sha256 in sources.items() if entry.sources.get(file) != sha256]:
+        raise PlanStale(
+            f"{folder / entry.file} was built from another {' and '.join(odd)} than the bundle's; "
+            f"run `{rebuild(folder, record)}`"
+        )
 
 
 def check_plan(
@@ -160,10 +163,10 @@ def check_plan(
             f"`{rebuild(folder, record)}`"
         )
     entry, path = record.plans[name], folder / record.plans[name].file
-    reason = (
-        _other_sources(entry, sources)
-        or _other_version(entry, record.version, version)
-        or _other_gpu(entry, record.runtime, gpu)
+    if sources is not None:
+        check_sources(folder, record, name, sources)
+    reason = _other_version(entry, record.version, version) or _other_gpu(
+        entry, record.runtime, gpu
     )
     contents = b"" if reason or path.is_symlink() or not path.is_file() else path.read_bytes()
     if reason is None and hashlib.sha256(contents).hexdigest() != entry.sha256:
@@ -203,13 +206,6 @@ def _entry(values: dict[str, Any]) -> PlanEntry:
     )
     typed = {"profiles": profiles, "targets": tuple(map(str, targets)), "parity": parity}
     return PlanEntry(**{**values, **typed})
-
-
-def _other_sources(entry: PlanEntry, sources: Mapping[str, str] | None) -> str | None:
-    if sources is None:
-        return None
-    odd = [name for name, sha256 in sources.items() if entry.sources.get(name) != sha256]
-    return f"was built from another {' and '.join(odd)} than the bundle's" if odd else None
 
 
 def _other_version(entry: PlanEntry, built: str, installed: str) -> str | None:

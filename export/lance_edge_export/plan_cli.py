@@ -13,10 +13,10 @@ import typer
 from lance_edge.cli import PublicKeyOption, exits
 from lance_edge.errors import InvalidOption, InvalidPrompt
 from lance_edge.report import Steps
+from lance_edge_engines.plan_record import PlanPrecision
 from lance_edge_export.cli import PROMPTS
 
 if TYPE_CHECKING:
-    from lance_edge_engines.plan_record import PlanPrecision
     from lance_edge_export.plan_graphs import EightBits
 
 app = typer.Typer(
@@ -38,7 +38,7 @@ def plan(
         typer.Argument(help="Folder of the bundle; the installed one if none is given."),
     ] = None,
     precision: Annotated[
-        Literal["fp32", "fp16", "int8", "fp8"],
+        PlanPrecision,
         typer.Option(
             help="Of products; int8 and fp8 are the screener's, the refiner is fp16 then."
         ),

@@ -30,7 +30,13 @@ from lance_edge_export.plain_decoder import (
     plain_weights,
 )
 from lance_edge_export.qdq import EightBit, eight_bit_products
-from lance_edge_export.quantise import REPORTED_PROMPTS, WORST, calibration_feeds, layer_errors
+from lance_edge_export.quantise import (
+    REPORTED_PROMPTS,
+    WORST,
+    calibration_feeds,
+    layer_errors,
+    spread,
+)
 
 COMPARED_PROMPTS = 1024  # on which the parity gate compares, at most
 ROWS = RUN_TOKENS // PAD_MULTIPLE  # windows in one run of the screener, at most
@@ -136,8 +142,7 @@ def eight_bit_screener(
     """
     spec = bundle.manifest.screener
     tokenizer = Tokenizer(bundle.read(spec.tokenizer), spec.window, spec.overlap)
-    spread = wanted.prompts[:: max(1, len(wanted.prompts) // COMPARED_PROMPTS)][:COMPARED_PROMPTS]
-    encoded = [tokenizer.encode(prompt) for prompt in spread]
+    encoded = [tokenizer.encode(prompt) for prompt in spread(wanted.prompts, COMPARED_PROMPTS)]
     feeds = calibration_feeds(encoded)
     floats = float_screener(model, "fp32")
     graph = eight_bit_products(floats, feeds, form, wanted.keep_fp16)

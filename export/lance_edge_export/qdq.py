@@ -8,7 +8,6 @@ prompts: what keeps the product's output closest. (Cutting off the largest input
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -21,7 +20,13 @@ from onnx import NodeProto
 
 from lance_edge_export.graph import FLOAT, HALF, Graph, node
 from lance_edge_export.half import half_products
-from lance_edge_export.quantise import BALANCE_EXPONENTS, Feed, balance_of, checked_layers, observed
+from lance_edge_export.quantise import (
+    BALANCE_EXPONENTS,
+    Feed,
+    balance_of,
+    layers_by_source,
+    observed,
+)
 
 EightBit = Literal["int8", "fp8"]
 EIGHT_BIT: tuple[EightBit, ...] = get_args(EightBit)
@@ -52,12 +57,9 @@ def eight_bit_products(
 
     Raises ExportError if there is no layer of a name in keep_fp16.
     """
-    layers = checked_layers(model, keep_fp16)
-    narrow = {name: layer for name, layer in layers.items() if name not in keep_fp16}
-    sources: dict[str, list[NodeProto]] = defaultdict(list)
-    for layer in narrow.values():
-        sources[layer.input[0]].append(layer)
-    graph = Graph(half_products(model, list(narrow)))
+    sources = layers_by_source(model, keep_fp16)
+    narrow = [layer.output[0] for layers in sources.values() for layer in layers]
+    graph = Graph(half_products(model, narrow))
     replacements: dict[str, list[NodeProto]] = {}
     for source, rows in observed(model, list(sources), feeds):
         weights = [graph.constants[layer.input[1]] for layer in sources[source]]

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ from lance_edge.tokenizer import Window
 from lance_edge_engines import Session, open_session
 from lance_edge_export.graph import FLOAT, Graph, node
 
+T = TypeVar("T")
 Feed = Mapping[str, npt.NDArray[Any]]
 
 WEIGHT_LEVELS = 63  # 7 bits, symmetric
@@ -60,11 +61,7 @@ def row_wise_int8(
     Raises ExportError if there is no layer of a name in keep_fp32.
     """
     graph = Graph(model)
-    layers_by_name = checked_layers(model, keep_fp32)
-    sources: dict[str, list[NodeProto]] = defaultdict(list)
-    for name, candidate in layers_by_name.items():
-        if name not in keep_fp32:
-            sources[candidate.input[0]].append(candidate)
+    sources = layers_by_source(model, keep_fp32)
     seen = observed(model, list(sources), feeds) if feeds else ((name, None) for name in sources)
     replacements: dict[str, list[NodeProto]] = {}
     for source, rows in seen:
@@ -107,9 +104,26 @@ def checked_layers(model: onnx.ModelProto, kept: Collection[str]) -> dict[str, N
     return layers
 
 
+def layers_by_source(model: onnx.ModelProto, kept: Collection[str]) -> dict[str, list[NodeProto]]:
+    """The wide linear layers but for those in `kept`, by the tensor that they read.
+
+    Raises ExportError if there is no layer of a name in `kept`.
+    """
+    sources: dict[str, list[NodeProto]] = defaultdict(list)
+    for name, layer in checked_layers(model, kept).items():
+        if name not in kept:
+            sources[layer.input[0]].append(layer)
+    return sources
+
+
+def spread(items: Sequence[T], count: int) -> Sequence[T]:
+    """So many of the items at most, from all over them."""
+    return items[:: max(1, len(items) // count)][:count]
+
+
 def calibration_feeds(prompts: Sequence[Sequence[Window]]) -> list[Feed]:
     """The first windows of prompts spread over all that are given, as inputs."""
-    chosen = prompts[:: max(1, len(prompts) // CALIBRATION_PROMPTS)][:CALIBRATION_PROMPTS]
+    chosen = spread(prompts, CALIBRATION_PROMPTS)
     return [pad([windows[0]], len(windows[0].ids)) for windows in chosen]
 
 

@@ -359,6 +359,16 @@ def test_a_folder_without_plans_is_refused(refining: Path, tmp_path: Path) -> No
         lance_edge.load(refining, plans=file)
 
 
+def test_plans_of_unknown_parts_are_refused(plans: Plans, refining: Path) -> None:
+    folder = plans("screener")
+    path = folder / "plan.json"
+    record = json.loads(path.read_text())
+    record["plans"]["odd"] = record["plans"]["screener"]
+    path.write_text(json.dumps(record))
+    with pytest.raises(SessionError, match="has plans of odd; build the plans again"):
+        lance_edge.load(refining, plans=folder)
+
+
 def test_a_public_key_cannot_vouch_for_plans(refining: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidOption, match="plans are not signed"):
         lance_edge.load(refining, plans=tmp_path, public_key=tmp_path / "key.pem")
