@@ -32,9 +32,9 @@ from lance_edge.weights import (
     hidden_block,
     layout,
 )
-from lance_edge_export.graph import FLOAT, node
+from lance_edge_export.graph import CONTRIBUTED, FLOAT, node
 
-OPSET, CONTRIB, IR = 21, "com.microsoft", 10
+OPSET, IR = 21, 10
 HIDDEN = -1e30  # a score of zero weight; minus infinity would make rows of nothing else NaN
 WINDOWED = ".window"  # after the names of rotary tables of layers with a window
 
@@ -104,7 +104,7 @@ def assemble(builder: Builder, entries: list[Entry], categories: int) -> onnx.Mo
 class Builder:
     """Collects nodes; each method adds one part of the network and returns its output's name."""
 
-    domains: Sequence[tuple[str, int]] = (("", OPSET), (CONTRIB, 1))
+    domains: Sequence[tuple[str, int]] = (("", OPSET), (CONTRIBUTED, 1))
     ir_version = IR
     cache_type: int = FLOAT
 
@@ -244,7 +244,7 @@ class Builder:
                 ],
                 [f"{name}attended", f"present.key.{index}", f"present.value.{index}"],
                 name=f"{name}attention",
-                domain=CONTRIB,
+                domain=CONTRIBUTED,
                 num_heads=shape.heads,
                 kv_num_heads=shape.kv_heads,
                 do_rotary=1,
@@ -355,10 +355,9 @@ class Builder:
         flat = self.constant("flat", [-1], np.int64)
         self.add("Reshape", [f"{name}.scale", flat], f"{name}.scale.row")
         self.add("QuantizeLinear", [x, f"{name}.scale.row", middle], f"{name}.int8", axis=1)
-        self.add("MatMulInteger", [f"{name}.int8", weight, "middle"], f"{weight}.int32")
-        # One DequantizeLinear would do both, but takes a third longer (ONNX Runtime 1.31).
-        self.add("Cast", [f"{weight}.int32"], f"{weight}.float", to=FLOAT)
-        self.add("Mul", [f"{weight}.float", f"{weight}.scale"], f"{weight}.scaled")
+        one = self.constant("one", 1, np.float32)
+        factors = [f"{name}.int8", weight, one, f"{weight}.scale", "middle"]
+        self.add("MatMulIntegerToFloat", factors, f"{weight}.scaled", domain=CONTRIBUTED)
         return self.add("Mul", [f"{weight}.scaled", f"{name}.scale"], output)
 
 

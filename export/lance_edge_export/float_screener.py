@@ -1,4 +1,4 @@
-"""A bundle's screener in floating point, as TensorRT's parsers read it.
+"""A bundle's screener in floating point and in standard operators, as TensorRT's parsers read it.
 
 TensorRT has no integer product with one scale a row of activations, and no zero points. So the
 integers of `quantise.py` become float weights again: the same weights, without the rounding of the
@@ -14,10 +14,12 @@ import onnx
 from onnx import NodeProto
 
 from lance_edge.errors import ExportError
+from lance_edge_export.fused import unfuse
 from lance_edge_export.graph import Graph, node
 from lance_edge_export.half import half_products
 from lance_edge_export.plain_decoder import FloatPrecision
 
+INTEGER = ("MatMulInteger", "MatMulIntegerToFloat", "QuantizeLinear")
 OPSET = 20  # the oldest that float graphs of our exporter can be called: older parsers read those
 
 
@@ -27,9 +29,9 @@ def float_screener(model: onnx.ModelProto, precision: FloatPrecision) -> onnx.Mo
     In fp16, embedding tables, wide layers and attention's products are fp16. What is between them,
     norms, softmax, residual sums, and the heads stay in fp32.
 
-    Raises ExportError for integers that are not in the form that `row_wise_int8` writes.
+    Raises ExportError for integers that are not in the form that `int8_products` writes.
     """
-    floats = plain_gelu(float_products(model))
+    floats = plain_gelu(unfuse(float_products(model)))
     return half_products(floats) if precision == "fp16" else floats
 
 
@@ -39,17 +41,21 @@ def float_products(model: onnx.ModelProto) -> onnx.ModelProto:
     makers, readers = graph.producers(), graph.consumers()
     replacements: dict[str, list[NodeProto]] = {}
     for candidate in graph.nodes:
-        if candidate.op_type == "MatMulInteger":
-            last = _follow(candidate, ("Cast", "Mul", "Mul"), readers)
-            columns = last[1].input[1]
-            source, balance = _source(candidate, makers, graph)
-            name = candidate.input[1]
-            weight = graph.constants[name].astype(np.float32) * graph.constants[columns]
-            if balance is not None:
-                weight = graph.constants[balance][:, None] * weight
-            floats = graph.constant(f"{name}/float", weight)
-            output = last[2].output[0]
-            replacements[output] = [node("MatMul", [source, floats], output)]
+        if candidate.op_type == "MatMulIntegerToFloat":
+            (output,) = candidate.output
+            correction = candidate.input[6:]
+            product = f"{output}/product" if correction else output
+            weight = _weight(candidate, candidate.input[3], makers, graph)
+            steps = [node("MatMul", [_source(candidate, makers)[0], weight], product)]
+            if correction:
+                steps.append(node("Add", [product, *correction], output))
+            replacements[output] = steps
+        elif candidate.op_type == "MatMulInteger":
+            _, columns, scaled = _follow(candidate, ("Cast", "Mul", "Mul"), readers)
+            weight = _weight(candidate, columns.input[1], makers, graph)
+            (output,) = scaled.output
+            source, _ = _source(candidate, makers)
+            replacements[output] = [node("MatMul", [source, weight], output)]
         elif _is_integer_table(candidate, graph):
             table, ids = candidate.input
             scaled = _follow(candidate, ("Cast", "Mul"), readers)[1]
@@ -60,7 +66,7 @@ def float_products(model: onnx.ModelProto) -> onnx.ModelProto:
             replacements[output] = [node("Gather", [floats, ids], output)]
     graph.replace(replacements)
     graph.drop_unread()
-    left = {item.op_type for item in graph.nodes} & {"MatMulInteger", "QuantizeLinear"}
+    left = {item.op_type for item in graph.nodes} & set(INTEGER)
     if left:
         raise _unknown_form(", ".join(sorted(left)))
     _lower_opset(graph.model)
@@ -93,15 +99,27 @@ def plain_gelu(model: onnx.ModelProto) -> onnx.ModelProto:
     return graph.finish()
 
 
-def _source(
-    product: NodeProto, makers: dict[str, NodeProto], graph: Graph
-) -> tuple[str, str | None]:
+def _weight(product: NodeProto, scales: str, makers: dict[str, NodeProto], graph: Graph) -> str:
+    """The float weights of an integer product, as a constant."""
+    name = product.input[1]
+    weight = graph.constants[name].astype(np.float32) * graph.constants[scales]
+    _, balance = _source(product, makers)
+    if balance is not None:
+        weight = graph.constants[balance][:, None] * weight
+    return graph.constant(f"{name}/float", weight)
+
+
+def _source(product: NodeProto, makers: dict[str, NodeProto]) -> tuple[str, str | None]:
     """The float input of an integer product, and the factors that balance its channels if any."""
-    quantise = makers[product.input[0]]
-    divide = makers.get(quantise.input[0])
-    if quantise.op_type != "QuantizeLinear" or divide is None or divide.op_type != "Div":
+    quantise = makers.get(product.input[0])
+    if quantise is None or quantise.op_type != "QuantizeLinear":
         raise _unknown_form(product.op_type)
-    balanced = divide.input[0]
+    balanced = quantise.input[0]
+    divide = makers.get(balanced)
+    if product.op_type == "MatMulInteger":
+        if divide is None or divide.op_type != "Div":
+            raise _unknown_form(product.op_type)
+        balanced = divide.input[0]
     balance = makers.get(balanced)
     if balance is None or not balanced.endswith("/balanced"):
         return balanced, None

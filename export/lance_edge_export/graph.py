@@ -11,6 +11,8 @@ import numpy.typing as npt
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+CONTRIBUTED = "com.microsoft"  # the domain of ONNX Runtime's own operators
+
 
 class Graph:
     """An ONNX model while it is being rewritten.
@@ -79,6 +81,11 @@ class Graph:
             if name in used
         )
         del self.model.graph.value_info[:]
+        standard = [known for known in self.model.opset_import if known.domain != CONTRIBUTED]
+        del self.model.opset_import[:]
+        self.model.opset_import.extend(standard)
+        if any(node.domain == CONTRIBUTED for node in self.nodes):
+            self.model.opset_import.append(helper.make_opsetid(CONTRIBUTED, 1))
         onnx.checker.check_model(self.model)
         return self.model
 
@@ -89,6 +96,13 @@ def node(
     """A node of the standard domain."""
     outputs = [output] if isinstance(output, str) else list(output)
     return helper.make_node(op, list(inputs), outputs, name=f"{outputs[0]}/{op}", **attributes)
+
+
+def contributed(
+    op: str, inputs: Iterable[str], output: str | Sequence[str], **attributes: Any
+) -> NodeProto:
+    """A node of ONNX Runtime's own domain."""
+    return node(op, inputs, output, domain=CONTRIBUTED, **attributes)
 
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16

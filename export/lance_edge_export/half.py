@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto
 
+from lance_edge_export.fused import ATTENTION
 from lance_edge_export.graph import FLOAT, HALF, Graph, node
 from lance_edge_export.quantise import MIN_COLUMNS, checked_layers
 
@@ -33,6 +34,14 @@ def half_products(model: onnx.ModelProto, keep_fp32: Collection[str] = ()) -> on
             before = [item for name in candidate.input for item in _narrow(name, graph, narrowed)]
             inputs = [_narrow_name(name) for name in candidate.input]
             product = node("MatMul", inputs, f"{output}/half")
+        elif candidate.op_type == ATTENTION:
+            before = [
+                item for name in candidate.input[:3] for item in _narrow(name, graph, narrowed)
+            ]
+            product = NodeProto()
+            product.CopyFrom(candidate)
+            product.input[:3] = [_narrow_name(name) for name in candidate.input[:3]]
+            product.output[0] = f"{output}/half"
         elif candidate.op_type == "Gather" and _is_float_table(candidate, graph):
             before = _narrow(candidate.input[0], graph, narrowed)
             inputs = [_narrow_name(candidate.input[0]), candidate.input[1]]

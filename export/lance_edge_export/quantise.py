@@ -1,17 +1,21 @@
-"""Row-wise int8: each row of activations has its own scale, each output column of weights too.
+"""int8 in which a row's result does not depend on the other rows.
 
-So a row's result does not depend on the other rows, which per-tensor dynamic quantisation
-(`DynamicQuantizeLinear`) cannot promise. Built from standard operators.
+Per-tensor dynamic quantisation (`DynamicQuantizeLinear`) cannot promise that: its scale is the largest
+row's. Here a layer's input has a fixed scale, chosen on real prompts, or each of its rows has its own,
+where a fixed one would cost too much or no prompts are given. Each output column of the weights has its own.
 
-Activations are unsigned, with a zero point per layer. Weights keep 7 bits: CPUs without VNNI add
-pairs of 8-bit products in 16 bits, and the largest sum, 255 * 63 * 2, fits there. So every CPU
-computes the same integers.
+A fixed scale is the faster one: one node rounds the input, one multiplies and scales. ONNX Runtime's
+`MatMulIntegerToFloat` does the latter; all else is standard operators.
+
+Activations are unsigned, with a zero point per layer. CPUs without VNNI add two neighbouring products in
+16 bits, and cut off what does not fit. So two neighbouring weights of a column sum up to 128 at most: even
+the largest sum, 255 * 128, fits, and every CPU computes the same integers.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -24,13 +28,13 @@ from lance_edge.errors import ExportError
 from lance_edge.screener import pad
 from lance_edge.tokenizer import Window
 from lance_edge_engines import Session, open_session
-from lance_edge_export.graph import FLOAT, Graph, node
+from lance_edge_export.graph import FLOAT, Graph, contributed, node
 
 T = TypeVar("T")
 Feed = Mapping[str, npt.NDArray[Any]]
 
-WEIGHT_LEVELS = 63  # 7 bits, symmetric
-TABLE_LEVELS = 127  # 8 bits, symmetric
+LEVELS = 127  # 8 bits, symmetric
+PAIR_LEVELS = 128  # of two neighbouring weights of a column together
 ACTIVATION_LEVELS = 255  # 8 bits, unsigned, around a zero point
 # Tried per layer; low ones suit inputs that are mostly positive.
 ZERO_POINTS = (128, 96, 64, 32, 16)
@@ -40,22 +44,28 @@ SMALLEST_SCALE = np.array(1e-12, dtype=np.float32)  # an all-zero row has no sca
 # Narrower layers (the heads) stay in fp32: they cost nothing and decide everything.
 MIN_COLUMNS = 64
 
+# How much of the range of a layer's inputs a fixed scale covers; what lies beyond is cut off.
+COVERED = (1.0, 0.9, 0.8, 0.7, 0.6)
+FIXED_MAY_COST = 2.0  # times the error of one scale a row
+
 BALANCE_EXPONENTS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 HESSIAN_DAMPING = 0.01
 HESSIAN_BLOCK = 128
 CALIBRATION_PROMPTS = 256  # whose activations are looked at; no labels are used
 REPORTED_PROMPTS = 16  # on which the layers' errors are measured
 WORST = 5  # layers that are named
+COMPARED_ROWS = 512  # of a layer's inputs, on which schemes are compared
 OBSERVED_AT_ONCE = 4  # tensors whose values are held together
 
 
-def row_wise_int8(
+def int8_products(
     model: onnx.ModelProto, feeds: Sequence[Feed] = (), keep_fp32: Collection[str] = ()
 ) -> onnx.ModelProto:
     """The same graph with its wide linear layers and embedding tables in int8.
 
-    feeds      inputs of real prompts; with them, each layer's input channels are balanced and its
-               weights are rounded so that the layer's output, not each weight, stays close
+    feeds      inputs of real prompts; with them, each layer's input channels are balanced, its input
+               has a fixed scale if that costs little, and its weights are rounded so that the layer's
+               output, not each weight, stays close
     keep_fp32  layers that are left as they are, by the names of `linear_layers`
 
     Raises ExportError if there is no layer of a name in keep_fp32.
@@ -64,22 +74,15 @@ def row_wise_int8(
     sources = layers_by_source(model, keep_fp32)
     seen = observed(model, list(sources), feeds) if feeds else ((name, None) for name in sources)
     replacements: dict[str, list[NodeProto]] = {}
-    for source, rows in seen:
+    for source, found in seen:
         layers = sources[source]
+        rows = None if found is None else found.astype(np.float64)
         weights = [graph.constants[layer.input[1]].astype(np.float64) for layer in layers]
-        if rows is not None:
-            met = rows.astype(np.float64)
-            scheme = choose_scheme(met, weights)
-            met /= scheme.balance
-            quantised = [round_for_output(w * scheme.balance[:, None], met) for w in weights]
-        else:
-            scheme = Scheme(np.ones(len(weights[0])), ZERO_POINTS[0])
-            quantised = [quantise_columns(weight) for weight in weights]
+        scheme = choose_scheme(rows, weights) if rows is not None else plain_scheme(weights[0])
         steps = _quantise_rows(source, scheme, graph)
-        for layer, (integers, scales) in zip(layers, quantised, strict=True):
-            replacements[layer.output[0]] = steps + _integer_matmul(
-                layer, integers, scales, scheme.zero_point, graph
-            )
+        for layer, weight in zip(layers, weights, strict=True):
+            columns = quantise_layer(weight, rows, scheme)
+            replacements[layer.output[0]] = steps + _integer_matmul(layer, columns, scheme, graph)
             steps = []
     for candidate in graph.nodes:
         if _is_embedding(candidate, graph):
@@ -180,39 +183,74 @@ def watching(model: onnx.ModelProto, names: Sequence[str]) -> Session:
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a layer's input becomes 8-bit integers.
+    """How a layer's input becomes 8-bit integers: x / balance / scale + zero_point, rounded.
 
     balance     what each input channel is divided by, so that none's size hides the others  [K]
     zero_point  the integer that stands for 0
+    scale       of all rows; None if each row has its own
     """
 
     balance: npt.NDArray[np.float64]
     zero_point: int
+    scale: float | None = None
+
+    def rounded(self, rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """What the integers stand for, balanced  [rows, K]"""
+        balanced = rows / self.balance
+        scales = self.scale or row_scales(balanced, self.zero_point)
+        levels = np.rint(balanced / scales)
+        result: npt.NDArray[np.float64] = scales * np.clip(
+            levels, -self.zero_point, ACTIVATION_LEVELS - self.zero_point
+        )
+        return result
+
+
+def plain_scheme(weight: npt.NDArray[Any]) -> Scheme:
+    """The scheme of a layer whose inputs nobody has seen."""
+    return Scheme(np.ones(len(weight)), ZERO_POINTS[0])
 
 
 def choose_scheme(
     rows: npt.NDArray[np.float64], weights: Sequence[npt.NDArray[np.float64]]
 ) -> Scheme:
-    """The zero point, then the balance, that keep the layers' outputs closest.
+    """The scheme that keeps the layers' outputs closest; a fixed scale where it costs little.
 
-    rows [rows, K], weights [K, N]. Balance: SmoothQuant (Xiao et al., ICML 2023, eq. 4), with the
-    exponent chosen per layer.
+    rows [rows, K], weights [K, N]. Each row counts alike, however large it is. Balance: SmoothQuant
+    (Xiao et al., ICML 2023, eq. 4), with the exponent chosen per layer.
     """
-    sample = rows[:: max(1, len(rows) // 512)]
-    outputs = [sample @ weight for weight in weights]
+    sample = rows[:: max(1, len(rows) // COMPARED_ROWS)]
+    outputs = np.concatenate([sample @ weight for weight in weights], 1)
+    sizes = np.maximum(np.square(outputs).sum(1), SMALLEST_SCALE)
     channels = np.abs(rows).max(0)
+    balances = [balance_of(channels, weights, exponent) for exponent in BALANCE_EXPONENTS]
+    balances.append(np.ones(rows.shape[1]))
 
-    def scheme(exponent: float, zero_point: int) -> Scheme:
-        return Scheme(balance_of(channels, weights, exponent), zero_point)
+    def error(scheme: Scheme) -> float:
+        rounded = [_rounded_columns(weight * scheme.balance[:, None]) for weight in weights]
+        moved = scheme.rounded(sample) @ np.concatenate(rounded, 1) - outputs
+        return float((np.square(moved).sum(1) / sizes).sum())
 
-    def error(candidate: Scheme) -> float:
-        inputs = round_rows(sample / candidate.balance, candidate.zero_point)
-        products = (inputs @ _rounded_columns(w * candidate.balance[:, None]) for w in weights)
-        return sum(float(np.square(y - p).sum()) for y, p in zip(outputs, products, strict=True))
+    def best(schemes: Iterable[Scheme]) -> tuple[float, Scheme]:
+        return min(((error(scheme), scheme) for scheme in schemes), key=lambda item: item[0])
 
-    zero_point = min(ZERO_POINTS, key=lambda zero: error(scheme(0.5, zero)))
-    balances = [scheme(exponent, zero_point) for exponent in BALANCE_EXPONENTS]
-    return min([*balances, Scheme(np.ones(rows.shape[1]), zero_point)], key=error)
+    halfway = balance_of(channels, weights, 0.5)
+    _, shifted = best(Scheme(halfway, zero_point) for zero_point in ZERO_POINTS)
+    own_error, own = best(Scheme(balance, shifted.zero_point) for balance in balances)
+    fixed_error, fixed = best(
+        one_scale(rows, balance, covered) for balance in balances for covered in COVERED
+    )
+    return fixed if fixed_error <= own_error * FIXED_MAY_COST**2 else own
+
+
+def one_scale(
+    rows: npt.NDArray[np.float64], balance: npt.NDArray[np.float64], covered: float
+) -> Scheme:
+    """One scale for all rows, whose integers reach over this share of their range."""
+    balanced = rows / balance
+    lowest = covered * min(float(balanced.min()), 0.0)
+    highest = covered * max(float(balanced.max()), 0.0)
+    scale = max((highest - lowest) / ACTIVATION_LEVELS, float(SMALLEST_SCALE))
+    return Scheme(balance, round(-lowest / scale), float(np.float32(scale)))
 
 
 def balance_of(
@@ -230,14 +268,41 @@ def balance_of(
     return result
 
 
-def round_rows(rows: npt.NDArray[np.float64], zero_point: int) -> npt.NDArray[np.float64]:
-    """What the graph makes of its inputs: each row rounded to its own scale  [rows, K]"""
+def row_scales(rows: npt.NDArray[np.float64], zero_point: int) -> npt.NDArray[np.float64]:
+    """The scale that each row needs  [rows, 1]"""
     positive = rows.max(1, keepdims=True) / (ACTIVATION_LEVELS - zero_point)
-    scales = np.maximum(
+    result: npt.NDArray[np.float64] = np.maximum(
         np.maximum(positive, -rows.min(1, keepdims=True) / zero_point), SMALLEST_SCALE
     )
-    result: npt.NDArray[np.float64] = np.rint(rows / scales) * scales
     return result
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A layer's weights: weight * balance ~ integers * scales.
+
+    integers    [K, N]
+    scales      [N]
+    correction  what rounding takes from the outputs on average, to be added again  [N]; None if
+                nothing is known of the inputs
+    """
+
+    integers: npt.NDArray[np.int8]
+    scales: npt.NDArray[np.float32]
+    correction: npt.NDArray[np.float32] | None = None
+
+
+def quantise_layer(
+    weight: npt.NDArray[np.float64], rows: npt.NDArray[np.float64] | None, scheme: Scheme
+) -> Columns:
+    """weight [K, N], rows [rows, K] the inputs it will meet if they are known"""
+    balanced = weight * scheme.balance[:, None]
+    if rows is None:
+        return Columns(*quantise_columns(balanced))
+    integers, scales = round_for_output(balanced, rows / scheme.balance)
+    found = scheme.rounded(rows).mean(0) @ (integers * scales.astype(np.float64))
+    correction = rows.mean(0) @ weight - found
+    return Columns(integers, scales, correction.astype(np.float32))
 
 
 def round_for_output(
@@ -252,14 +317,14 @@ def round_for_output(
     hessian = rows.T @ rows / len(rows)
     hessian += np.eye(channels) * max(HESSIAN_DAMPING * np.trace(hessian) / channels, 1e-12)
     factor = np.linalg.cholesky(np.linalg.inv(hessian)).T
-    largest = np.abs(weight).max(0)
-    scales = np.maximum(largest / WEIGHT_LEVELS, SMALLEST_SCALE).astype(np.float32)
+    scales = column_scales(weight)
     integers = np.zeros(weight.shape, dtype=np.int8)
     for start in range(0, channels, HESSIAN_BLOCK):
         end = min(start + HESSIAN_BLOCK, channels)
         errors = np.zeros((end - start, weight.shape[1]))
         for k in range(start, end):
-            integers[k] = np.clip(np.rint(weight[k] / scales), -WEIGHT_LEVELS, WEIGHT_LEVELS)
+            most = _free(integers[k - 1]) if k % 2 else LEVELS
+            integers[k] = np.clip(np.rint(weight[k] / scales), -most, most)
             errors[k - start] = (weight[k] - integers[k] * scales) / factor[k, k]
             weight[k + 1 : end] -= np.outer(factor[k, k + 1 : end], errors[k - start])
         weight[end:] -= factor[start:end, end:].T @ errors
@@ -270,22 +335,33 @@ def quantise_columns(
     weight: npt.NDArray[Any],
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
     """weight [K, N] -> integers [K, N] and scales [N] with weight ~ integers * scales"""
-    return _symmetric(weight, 0, WEIGHT_LEVELS)
+    scales = column_scales(weight)
+    integers = np.rint(weight / scales).astype(np.int8)
+    return integers, scales
+
+
+def column_scales(weight: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """The finest scales with which neighbouring integers sum up to PAIR_LEVELS at most  [N]"""
+    sizes = np.abs(weight)
+    pairs = sizes[: len(sizes) // 2 * 2].reshape(-1, 2, sizes.shape[1]).sum(1)
+    # Rounding may add one to a pair's sum.
+    largest = np.maximum(pairs.max(0, initial=0) / (PAIR_LEVELS - 1), sizes.max(0) / LEVELS)
+    return np.maximum(largest, SMALLEST_SCALE).astype(np.float32)
 
 
 def quantise_table(table: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
     """table [V, H] -> integers [V, H] and scales [V, 1] with table ~ integers * scales"""
-    integers, scales = _symmetric(table, 1, TABLE_LEVELS)
-    return integers, scales[:, None]
+    largest = np.abs(table).max(1, keepdims=True)
+    scales = np.maximum(largest / LEVELS, SMALLEST_SCALE).astype(np.float32)
+    return np.rint(table / scales).astype(np.int8), scales
 
 
-def _symmetric(
-    values: npt.NDArray[Any], axis: int, levels: int
-) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
-    largest = np.abs(values).max(axis, keepdims=True)
-    scales = np.maximum(largest / levels, SMALLEST_SCALE).astype(np.float32)
-    integers: npt.NDArray[np.int8] = np.rint(values / scales).astype(np.int8)
-    return integers, scales.squeeze(axis)
+def _free(neighbour: npt.NDArray[np.int8]) -> npt.NDArray[np.int64]:
+    """How large an integer next to these may be  [N]"""
+    result: npt.NDArray[np.int64] = np.minimum(
+        PAIR_LEVELS - np.abs(neighbour.astype(np.int64)), LEVELS
+    )
+    return result
 
 
 def _rounded_columns(weight: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -306,19 +382,23 @@ def _is_embedding(candidate: NodeProto, graph: Graph) -> bool:
 
 
 def _quantise_rows(source: str, scheme: Scheme, graph: Graph) -> list[NodeProto]:
-    """source [..., K] -> `source/int8` [..., K] and `source/scale` [..., 1]"""
+    """source [..., K] -> `source/int8` [..., K] and `source/scale`, a scalar or [..., 1]"""
     constant = graph.constant
     balanced, steps = source, []
     if (scheme.balance != 1).any():
         balanced = f"{source}/balanced"
         factors = constant(f"{source}/balance", (1 / scheme.balance).astype(np.float32))
         steps = [node("Mul", [source, factors], balanced)]
+    zero = _zero(scheme.zero_point, graph)
+    if scheme.scale is not None:
+        scale = constant(f"{source}/scale", np.array(scheme.scale, dtype=np.float32))
+        return [*steps, node("QuantizeLinear", [balanced, scale, zero], f"{source}/int8")]
     last = constant("int8/last_axis", np.array([-1], dtype=np.int64))
-    zero = scheme.zero_point
+    levels = scheme.zero_point
     above = constant(
-        f"int8/above_{zero}", np.array(1 / (ACTIVATION_LEVELS - zero), dtype=np.float32)
+        f"int8/above_{levels}", np.array(1 / (ACTIVATION_LEVELS - levels), dtype=np.float32)
     )
-    below = constant(f"int8/below_{zero}", np.array(-1 / zero, dtype=np.float32))
+    below = constant(f"int8/below_{levels}", np.array(-1 / levels, dtype=np.float32))
     return [
         *steps,
         node("ReduceMax", [balanced, last], f"{source}/largest", keepdims=1),
@@ -337,31 +417,30 @@ def _quantise_rows(source: str, scheme: Scheme, graph: Graph) -> list[NodeProto]
         node("Div", [balanced, f"{source}/scale"], f"{source}/levels"),
         node(
             "QuantizeLinear",
-            [f"{source}/levels", constant("int8/one", ONE), _zero(zero, graph)],
+            [f"{source}/levels", constant("int8/one", ONE), zero],
             f"{source}/int8",
         ),
     ]
 
 
 def _integer_matmul(
-    matmul: NodeProto,
-    integers: npt.NDArray[np.int8],
-    scales: npt.NDArray[np.float32],
-    zero_point: int,
-    graph: Graph,
+    matmul: NodeProto, columns: Columns, scheme: Scheme, graph: Graph
 ) -> list[NodeProto]:
     source, weight = matmul.input
     (output,) = matmul.output
-    stored = graph.constant(f"{weight}/int8", integers)
-    columns = graph.constant(f"{weight}/scale", scales)
+    narrow = f"{source}/int8"
+    zero = _zero(scheme.zero_point, graph)
+    stored = graph.constant(f"{weight}/int8", columns.integers)
+    scales = graph.constant(f"{weight}/scale", columns.scales)
+    if scheme.scale is not None:
+        inputs = [narrow, stored, f"{source}/scale", scales, zero]
+        if columns.correction is not None:
+            inputs += ["", graph.constant(f"{weight}/correction", columns.correction)]
+        return [contributed("MatMulIntegerToFloat", inputs, output)]
     return [
-        node(
-            "MatMulInteger",
-            [f"{source}/int8", stored, _zero(zero_point, graph)],
-            f"{output}/integers",
-        ),
+        node("MatMulInteger", [narrow, stored, zero], f"{output}/integers"),
         node("Cast", [f"{output}/integers"], f"{output}/floats", to=FLOAT),
-        node("Mul", [f"{output}/floats", columns], f"{output}/columns"),
+        node("Mul", [f"{output}/floats", scales], f"{output}/columns"),
         node("Mul", [f"{output}/columns", f"{source}/scale"], output),
     ]
 

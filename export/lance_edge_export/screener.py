@@ -17,6 +17,7 @@ from lance_edge.tokenizer import Tokenizer, Window
 from lance_edge.verify import TOLERANCE
 from lance_edge_engines import open_session
 from lance_edge_export.checkpoint import Checkpoint
+from lance_edge_export.fused import fuse
 from lance_edge_export.fusion import fusion
 from lance_edge_export.half import half_products
 from lance_edge_export.optimise import merge_projections
@@ -27,8 +28,8 @@ from lance_edge_export.quantise import (
     WORST,
     Feed,
     calibration_feeds,
+    int8_products,
     layer_errors,
-    row_wise_int8,
 )
 from lance_edge_export.to_onnx import export_screener
 from lance_edge_training.evaluate import network_session
@@ -68,9 +69,10 @@ def export_bundle(
     tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.window, checkpoint.overlap)
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
     feeds = calibration_feeds(encoded)
-    stages = {"fp32": merge_projections(export_screener(checkpoint.network, checkpoint.window))}
+    plain = export_screener(checkpoint.network, checkpoint.window)
+    stages = {"fp32": fuse(merge_projections(plain))}
     if wishes.precision == "int8":
-        stages["int8"] = row_wise_int8(stages["fp32"], feeds, wishes.keep_fp32)
+        stages["int8"] = int8_products(stages["fp32"], feeds, wishes.keep_fp32)
     if wishes.precision == "fp16":
         stages["fp16"] = half_products(stages["fp32"], wishes.keep_fp32)
     parity = compare_stages(checkpoint, stages, encoded, feeds[:REPORTED_PROMPTS], tell)

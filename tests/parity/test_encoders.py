@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,11 @@ from lance_edge_export.checkpoint import (
     read_checkpoint,
     slug,
 )
+from lance_edge_export.fused import ATTENTION, NORM, fuse, unfuse
 from lance_edge_export.fusion import fusion
 from lance_edge_export.half import half_products
 from lance_edge_export.optimise import merge_projections
-from lance_edge_export.quantise import layer_errors, linear_layers, row_wise_int8
+from lance_edge_export.quantise import int8_products, layer_errors, linear_layers
 from lance_edge_export.screener import with_taxonomy
 from lance_edge_export.to_onnx import export_screener
 from lance_edge_training.checkpoint import new_screener, save_screener
@@ -47,6 +49,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
 ]
 
+FUSED = ("bert", "roberta", "xlm-roberta", "electra")  # whose attention becomes one operator
+INTEGER = ("MatMulInteger", "MatMulIntegerToFloat")
 WORDS = tiny.tokenizer()
 VOCABULARY = WORDS.get_vocab_size()
 LABELS = ("safe", "Violence/Threats", "privacy")
@@ -164,10 +168,15 @@ def test_every_supported_encoder_is_tested() -> None:
 @pytest.mark.parametrize("family", CONFIGS)
 def test_a_screener_of_each_family_exports(family: str, tmp_path: Path) -> None:
     read = read_checkpoint(write_screener(tmp_path, family))
-    graph = merge_projections(export_screener(read.network))
+    plain = merge_projections(export_screener(read.network))
+    graph = fuse(plain)
+    kinds = Counter(node.op_type for node in graph.graph.node)
+    assert kinds[ATTENTION] == (2 if family in FUSED else 0)  # of two layers
+    assert kinds[NORM] > 0
     assert difference(read, graph) < 1e-5
-    int8 = row_wise_int8(graph, [inputs(1, 8), inputs(3, 16)])
-    assert sum(node.op_type == "MatMulInteger" for node in int8.graph.node) >= 4
+    assert difference(read, unfuse(graph)) < 1e-5
+    int8 = int8_products(graph, [inputs(1, 8), inputs(3, 16)])
+    assert sum(node.op_type in INTEGER for node in int8.graph.node) >= 4
     assert 0 < difference(read, int8, "mean") < 0.1
 
 
@@ -296,19 +305,19 @@ def test_a_layer_may_be_kept_in_fp32(tmp_path: Path) -> None:
     read = read_checkpoint(write_screener(tmp_path, "bert"))
     graph = merge_projections(export_screener(read.network))
     feeds = [inputs(1, 8), inputs(3, 16)]
-    int8 = row_wise_int8(graph, feeds)
+    int8 = int8_products(graph, feeds)
     errors = layer_errors(graph, int8, feeds)
     assert list(errors) == sorted(errors, key=lambda name: -errors[name])
     assert set(errors) == set(linear_layers(graph))
     assert 0 < min(errors.values()) <= max(errors.values()) < 0.1
     first = next(iter(linear_layers(graph)))
-    kept = row_wise_int8(graph, feeds, [first])
-    integer = [node for node in int8.graph.node if node.op_type == "MatMulInteger"]
-    left = [node for node in kept.graph.node if node.op_type == "MatMulInteger"]
+    kept = int8_products(graph, feeds, [first])
+    integer = [node for node in int8.graph.node if node.op_type in INTEGER]
+    left = [node for node in kept.graph.node if node.op_type in INTEGER]
     assert len(left) == len(integer) - 1
     assert layer_errors(graph, kept, feeds)[first] < errors[first]
     with pytest.raises(ExportError, match="there is no layer 'nothing' to keep; there are"):
-        row_wise_int8(graph, feeds, ["nothing"])
+        int8_products(graph, feeds, ["nothing"])
 
 
 def test_a_failed_gate_names_the_worst_layers(

@@ -12,7 +12,7 @@ import inspect
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -80,6 +80,18 @@ def earlier_run(path: Path, networks: Sequence[str]) -> EarlierRun:
     if lacking := [name for name, state in found.items() if not isinstance(state, dict)]:
         raise DataError(f"{path} is of another kind of run: it has no {', '.join(lacking)}")
     return EarlierRun(origin, found)
+
+
+def interrupted_run(
+    path: Path, device: str, settings: Any, started_from: dict[str, Any] | None
+) -> dict[str, Any]:
+    """What a run of these settings left in its training.pt. Raises DataError if it had others."""
+    saved: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    if (saved["settings"], saved.get("started_from")) != (asdict(settings), started_from):
+        raise DataError(
+            f"{path} was written with other settings; give them again, or remove it to start afresh"
+        )
+    return saved
 
 
 def take_over(network: nn.Module, state: dict[str, Any], strict: bool = True) -> None:

@@ -25,7 +25,7 @@ import lance_edge
 from lance_edge.bundle import Template, default_bundle
 from lance_edge.language import LanguageTokenizer
 from lance_edge_training.base_model import base_tokenizer, load_base
-from lance_edge_training.checkpoint import earlier_run, take_over, write_json
+from lance_edge_training.checkpoint import earlier_run, interrupted_run, take_over, write_json
 from lance_edge_training.lowrank import add_low_rank, low_rank_layers
 from lance_edge_training.model import Enhancer, Head, Reading
 from lance_edge_training.objective import Weights, variational_terms
@@ -199,10 +199,7 @@ class RefinerTrainer:
         partial.replace(path)
 
     def _restore(self, path: Path) -> None:
-        saved = torch.load(path, map_location=self.device, weights_only=True)
-        before = (saved["settings"], saved.get("started_from"))
-        if before != (asdict(self.settings), self.started_from):
-            raise typer.BadParameter(f"{path} was made with other settings; choose another --out")
+        saved = interrupted_run(path, self.device, self.settings, self.started_from)
         self.refiner.load_state_dict(saved["refiner"], strict=False)
         self.enhancer.load_state_dict(saved["enhancer"])
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -312,7 +309,8 @@ def main(
         f"{len(pairs)} pairs, {len(prompts)} prompts, {trainer.steps} steps on {device}", err=True
     )
     out.mkdir(parents=True, exist_ok=True)
-    trainer.run(out / "training.pt", save_every)
+    with usage_errors():
+        trainer.run(out / "training.pt", save_every)
     description = {
         "template": asdict(TEMPLATE),
         "base_sha256": hashlib.sha256(base.read_bytes()).hexdigest(),

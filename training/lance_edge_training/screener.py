@@ -19,7 +19,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lance_edge.tokenizer import Tokenizer
-from lance_edge_training.checkpoint import earlier_run, new_screener, save_screener, take_over
+from lance_edge_training.checkpoint import (
+    earlier_run,
+    interrupted_run,
+    new_screener,
+    save_screener,
+    take_over,
+)
 from lance_edge_training.data import (
     Batch,
     Corpus,
@@ -170,12 +176,7 @@ class Trainer:
         partial.replace(path)
 
     def _restore(self, path: Path) -> None:
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        before = (state["settings"], state.get("started_from"))
-        if before != (asdict(self.settings), self.started_from):
-            raise ValueError(
-                f"{path} was written with other settings; give them again, or remove it to start afresh"
-            )
+        state = interrupted_run(path, self.device, self.settings, self.started_from)
         self.step = state["step"]
         self.screener.load_state_dict(state["screener"])
         if self.enhancer is not None:
@@ -276,7 +277,8 @@ def main(
         err=True,
     )
     out.mkdir(parents=True, exist_ok=True)
-    trainer.run(out / "training.pt", save_every)
+    with usage_errors():
+        trainer.run(out / "training.pt", save_every)
     sources = sorted({example.source for example in examples})
     description = {
         "window": settings.window,
