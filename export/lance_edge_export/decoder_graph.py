@@ -32,7 +32,7 @@ from lance_edge.weights import (
     hidden_block,
     layout,
 )
-from lance_edge_export.graph import CONTRIBUTED, FLOAT, node
+from lance_edge_export.graph import CONTRIBUTED, FLOAT, contributed, node
 
 OPSET, IR = 21, 10
 HIDDEN = -1e30  # a score of zero weight; minus infinity would make rows of nothing else NaN
@@ -121,7 +121,9 @@ class Builder:
         return output
 
     def constant(self, name: str, value: object, dtype: type[np.generic]) -> str:
-        self.constants.setdefault(name, numpy_helper.from_array(np.array(value, dtype), name))
+        made = numpy_helper.from_array(np.array(value, dtype), name)
+        if self.constants.setdefault(name, made) != made:
+            raise ValueError(f"the graph already has another constant called {name}")
         return name
 
     def tables(self) -> None:
@@ -355,9 +357,9 @@ class Builder:
         flat = self.constant("flat", [-1], np.int64)
         self.add("Reshape", [f"{name}.scale", flat], f"{name}.scale.row")
         self.add("QuantizeLinear", [x, f"{name}.scale.row", middle], f"{name}.int8", axis=1)
-        one = self.constant("one", 1, np.float32)
-        factors = [f"{name}.int8", weight, one, f"{weight}.scale", "middle"]
-        self.add("MatMulIntegerToFloat", factors, f"{weight}.scaled", domain=CONTRIBUTED)
+        unit = self.constant("unit", 1, np.float32)
+        factors = [f"{name}.int8", weight, unit, f"{weight}.scale", "middle"]
+        self.nodes.append(contributed("MatMulIntegerToFloat", factors, f"{weight}.scaled"))
         return self.add("Mul", [f"{weight}.scaled", f"{name}.scale"], output)
 
 

@@ -18,8 +18,9 @@ from lance_edge_export.fused import unfuse
 from lance_edge_export.graph import Graph, node
 from lance_edge_export.half import half_products
 from lance_edge_export.plain_decoder import FloatPrecision
+from lance_edge_export.quantise import PRODUCT
 
-INTEGER = ("MatMulInteger", "MatMulIntegerToFloat", "QuantizeLinear")
+QUANTISED = ("MatMulInteger", PRODUCT, "QuantizeLinear")
 OPSET = 20  # the oldest that float graphs of our exporter can be called: older parsers read those
 
 
@@ -41,20 +42,12 @@ def float_products(model: onnx.ModelProto) -> onnx.ModelProto:
     makers, readers = graph.producers(), graph.consumers()
     replacements: dict[str, list[NodeProto]] = {}
     for candidate in graph.nodes:
-        if candidate.op_type == "MatMulIntegerToFloat":
+        if candidate.op_type == PRODUCT:
+            source, weight = _factors(candidate, makers, graph)
             (output,) = candidate.output
-            correction = candidate.input[6:]
-            product = f"{output}/product" if correction else output
-            weight = _weight(candidate, candidate.input[3], makers, graph)
-            steps = [node("MatMul", [_source(candidate, makers)[0], weight], product)]
-            if correction:
-                steps.append(node("Add", [product, *correction], output))
-            replacements[output] = steps
-        elif candidate.op_type == "MatMulInteger":
-            _, columns, scaled = _follow(candidate, ("Cast", "Mul", "Mul"), readers)
-            weight = _weight(candidate, columns.input[1], makers, graph)
-            (output,) = scaled.output
-            source, _ = _source(candidate, makers)
+            if output.endswith("/columns"):  # each row's scale comes after
+                (scaled,) = _follow(candidate, ("Mul",), readers)
+                (output,) = scaled.output
             replacements[output] = [node("MatMul", [source, weight], output)]
         elif _is_integer_table(candidate, graph):
             table, ids = candidate.input
@@ -66,7 +59,7 @@ def float_products(model: onnx.ModelProto) -> onnx.ModelProto:
             replacements[output] = [node("Gather", [floats, ids], output)]
     graph.replace(replacements)
     graph.drop_unread()
-    left = {item.op_type for item in graph.nodes} & set(INTEGER)
+    left = {item.op_type for item in graph.nodes} & set(QUANTISED)
     if left:
         raise _unknown_form(", ".join(sorted(left)))
     _lower_opset(graph.model)
@@ -99,31 +92,20 @@ def plain_gelu(model: onnx.ModelProto) -> onnx.ModelProto:
     return graph.finish()
 
 
-def _weight(product: NodeProto, scales: str, makers: dict[str, NodeProto], graph: Graph) -> str:
-    """The float weights of an integer product, as a constant."""
-    name = product.input[1]
-    weight = graph.constants[name].astype(np.float32) * graph.constants[scales]
-    _, balance = _source(product, makers)
-    if balance is not None:
-        weight = graph.constants[balance][:, None] * weight
-    return graph.constant(f"{name}/float", weight)
-
-
-def _source(product: NodeProto, makers: dict[str, NodeProto]) -> tuple[str, str | None]:
-    """The float input of an integer product, and the factors that balance its channels if any."""
-    quantise = makers.get(product.input[0])
+def _factors(product: NodeProto, makers: dict[str, NodeProto], graph: Graph) -> tuple[str, str]:
+    """The float input of an integer product, and its float weights, as a constant."""
+    narrow, name, _, scales, *_ = product.input
+    quantise = makers.get(narrow)
     if quantise is None or quantise.op_type != "QuantizeLinear":
         raise _unknown_form(product.op_type)
-    balanced = quantise.input[0]
-    divide = makers.get(balanced)
-    if product.op_type == "MatMulInteger":
-        if divide is None or divide.op_type != "Div":
-            raise _unknown_form(product.op_type)
-        balanced = divide.input[0]
-    balance = makers.get(balanced)
-    if balance is None or not balanced.endswith("/balanced"):
-        return balanced, None
-    return balance.input[0], balance.input[1]
+    weight = graph.constants[name].astype(np.float32) * graph.constants[scales]
+    source = quantise.input[0]
+    if source.endswith("/levels"):
+        source = makers[source].input[0]
+    if source.endswith("/balanced"):
+        source, balance = makers[source].input
+        weight = graph.constants[balance][:, None] * weight
+    return source, graph.constant(f"{name}/float", weight)
 
 
 def _follow(

@@ -1,6 +1,6 @@
 """Attention, and a residual sum with its norm, as one operator each; and back.
 
-ONNX Runtime has both for the CPU and for CUDA, and its own optimiser finds neither in graphs that torch
+ONNX Runtime has both for the CPU and for CUDA, and finds neither by itself when it loads a graph that torch
 exports now. TensorRT's parsers know neither, and fuse the plain operators themselves.
 """
 
@@ -18,8 +18,8 @@ from lance_edge_export.graph import Graph, contributed, node
 
 NORM, ATTENTION = "SkipLayerNormalization", "MultiHeadAttention"
 TOKENS_FIRST = [0, 2, 1, 3]  # [rows, tokens, heads, width] <-> [rows, heads, tokens, width]
-KEYS = [0, 2, 3, 1]  # the keys' transpose: [rows, heads, width, tokens]
-LOWEST = -10000.0  # what MultiHeadAttention adds where nothing may be read
+KEYS_TURNED = [0, 2, 3, 1]  # [rows, tokens, heads, width] -> [rows, heads, width, tokens]
+LOWEST = -10000.0  # added to the scores of what may not be read
 READ = "attention/read"  # which tokens may be read, as MultiHeadAttention takes it: int32
 
 
@@ -34,14 +34,16 @@ def fuse(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def unfuse(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same graph in standard operators again."""
+    """The same graph in standard operators again; in fp32, whatever the attentions' type was."""
     graph = Graph(model)
     replacements = {}
+    mask = _plain_mask(graph)
     for candidate in graph.nodes:
         if candidate.op_type == NORM:
             replacements[candidate.output[0]] = _plain_norm(candidate)
         elif candidate.op_type == ATTENTION:
-            replacements[candidate.output[0]] = _plain_attention(candidate, graph)
+            replacements[candidate.output[0]] = mask + _plain_attention(candidate, graph)
+            mask = []
     graph.replace(replacements)
     graph.drop_unread()
     return graph.finish()
@@ -51,21 +53,44 @@ def _fuse_norms(graph: Graph) -> None:
     makers, readers = graph.producers(), _readers(graph)
     replacements: dict[str, list[NodeProto]] = {}
     for norm in graph.nodes:
+        if norm.op_type != "LayerNormalization" or _attribute(norm, "axis", -1) != -1:
+            continue
         total = makers.get(norm.input[0])
-        if norm.op_type != "LayerNormalization" or not _is_sum(total, graph):
+        if total is None or total.op_type != "Add" or len(readers[norm.input[0]]) > 1:
             continue
-        if len(readers[norm.input[0]]) > 1 or _attribute(norm, "axis", -1) != -1:
-            continue
+        # The operator wants a summand of the sum's shape first: a linear layer's output.
         first, second = total.input
+        linear = _linear(first, makers, graph)
+        if linear is None:
+            first, second = second, first
+            linear = _linear(first, makers, graph)
+        if linear is None:
+            continue
         inputs = [first, second, *norm.input[1:]]
-        biased = makers.get(first)
-        if len(norm.input) == 3 and len(readers[first]) == 1 and _bias(biased, graph):
-            inputs = [_other(biased, _bias(biased, graph)), *inputs[1:], _bias(biased, graph)]
+        product, bias = linear
+        if bias and len(norm.input) == 3 and len(readers[first]) == 1:
+            inputs = [product, second, *norm.input[1:], bias]
             replacements[first] = []
         replacements[total.output[0]] = []
         epsilon = _attribute(norm, "epsilon", 1e-5)
         replacements[norm.output[0]] = [contributed(NORM, inputs, norm.output[0], epsilon=epsilon)]
     graph.replace(replacements)
+
+
+def _linear(name: str, makers: dict[str, NodeProto], graph: Graph) -> tuple[str, str] | None:
+    """A linear layer's product and its bias, "" if it has none, by its output; None if it is none."""
+    maker, bias = makers.get(name), ""
+    if maker is not None and maker.op_type == "Add":
+        constants = [item for item in maker.input if item in graph.constants]
+        if not constants:
+            return None
+        bias = constants[0]
+        name = next(item for item in maker.input if item != bias)
+        maker = makers.get(name)
+    weight = graph.constants.get(maker.input[1]) if maker and maker.op_type == "MatMul" else None
+    if weight is None or (bias and graph.constants[bias].shape != weight.shape[1:]):
+        return None
+    return name, bias
 
 
 def _plain_norm(norm: NodeProto) -> list[NodeProto]:
@@ -113,7 +138,11 @@ def _fuse_attentions(graph: Graph) -> None:
         except _OtherForm:
             continue
         inputs = [*found.inputs, "", READ]
-        settings = {"num_heads": found.heads, "scale": found.scale}
+        settings = {
+            "num_heads": found.heads,
+            "scale": found.scale,
+            "mask_filter_value": LOWEST,
+        }
         fused = contributed(ATTENTION, inputs, found.output, **settings)
         replacements |= {name: [] for name in found.inside}
         replacements[found.output] = [*read, fused]
@@ -143,23 +172,27 @@ def _attention(
     merged = read(turned.output[0], "Reshape")
     parts = [
         made(scores.input[0], "Transpose", perm=TOKENS_FIRST),
-        made(scores.input[1], "Transpose", perm=KEYS),
+        made(scores.input[1], "Transpose", perm=KEYS_TURNED),
         made(weighed.input[1], "Transpose", perm=TOKENS_FIRST),
     ]
     split = [made(part.input[0], "Reshape") for part in parts]
     chain = [*split, *parts, scores, scaled, masked, softmax, weighed, turned]
     inside = [item.output[0] for item in chain]
-    factor = graph.constants.get(scaled.input[1])
+    factor = _scalar(scaled.input[1], graph)
+    heads = {_heads(item.input[1], graph, makers) for item in split}
     if (
         any(len(readers[name]) != 1 for name in inside)
+        or _attribute(softmax, "axis", -1) not in (-1, 3)
         or factor is None
-        or factor.size != 1
+        or len(heads) > 1
+        or len(_lengths(merged.input[1], graph, makers)) != 3
         or not _is_the_mask(masked.input[1], graph, makers)
     ):
         raise _OtherForm
-    scale = float(factor) if scaled.op_type == "Mul" else 1 / float(factor)
-    heads = _heads(split[0].input[1], graph, makers)
-    return Attention([item.input[0] for item in split], merged.output[0], heads, scale, inside)
+    scale = factor if scaled.op_type == "Mul" else 1 / factor
+    return Attention(
+        [item.input[0] for item in split], merged.output[0], heads.pop(), scale, inside
+    )
 
 
 def _expect(
@@ -175,47 +208,61 @@ def _expect(
 
 def _heads(shape: str, graph: Graph, makers: dict[str, NodeProto]) -> int:
     """The third length of a shape [rows, tokens, heads, width]. Raises _OtherForm if it is not fixed."""
-    lengths = graph.constants.get(shape)
-    if lengths is None:
-        parts = _expect(makers.get(shape), ["Concat"], None).input
-        lengths = graph.constants.get(parts[2]) if len(parts) == 4 else None
-    else:
-        lengths = lengths[2:3]
-    if lengths is None or lengths.size != 1:
+    lengths = _lengths(shape, graph, makers)
+    heads = lengths[2] if len(lengths) == 4 else None
+    if heads is None or heads < 1:
         raise _OtherForm
-    return int(lengths.item())
+    return heads
+
+
+def _lengths(shape: str, graph: Graph, makers: dict[str, NodeProto]) -> list[int | None]:
+    """A shape's lengths, None for those that depend on the input. Raises _OtherForm."""
+    if shape in graph.constants:
+        return [int(length) for length in graph.constants[shape]]
+    lengths: list[int | None] = []
+    for part in _expect(makers.get(shape), ["Concat"], None).input:
+        value = graph.constants.get(part)
+        lengths += [None] if value is None else [int(length) for length in value.reshape(-1)]
+    return lengths
+
+
+def _plain_mask(graph: Graph) -> list[NodeProto]:
+    """What attentions add to their scores, from the tokens that they may read  [rows, 1, 1, tokens]"""
+    one = graph.constant(f"{READ}/one", np.array(1, dtype=np.float32))
+    lowest = graph.constant(f"{READ}/lowest", np.array(LOWEST, dtype=np.float32))
+    axes = graph.constant(f"{READ}/axes", np.array([1, 2], dtype=np.int64))
+    return [
+        node("Cast", [READ], f"{READ}/float", to=TensorProto.FLOAT),
+        node("Sub", [one, f"{READ}/float"], f"{READ}/not"),
+        node("Mul", [f"{READ}/not", lowest], f"{READ}/penalty"),
+        node("Unsqueeze", [f"{READ}/penalty", axes], f"{READ}/mask"),
+    ]
 
 
 def _plain_attention(fused: NodeProto, graph: Graph) -> list[NodeProto]:
     (output,) = fused.output
+    name = f"{output}/attention"
     heads, scale = _attribute(fused, "num_heads", 0), _attribute(fused, "scale", 0.0)
-    split = graph.constant(f"{output}/split", np.array([0, 0, heads, -1], dtype=np.int64))
-    merge = graph.constant(f"{output}/merge", np.array([0, 0, -1], dtype=np.int64))
-    factor = graph.constant(f"{output}/scale", np.array(scale, dtype=np.float32))
-    one = graph.constant(f"{READ}/one", np.array(1, dtype=np.float32))
-    lowest = graph.constant(f"{READ}/lowest", np.array(LOWEST, dtype=np.float32))
-    axes = graph.constant(f"{READ}/axes", np.array([1, 2], dtype=np.int64))
+    split = graph.constant(f"{name}/split", np.array([0, 0, heads, -1], dtype=np.int64))
+    merge = graph.constant(f"{name}/merge", np.array([0, 0, -1], dtype=np.int64))
+    factor = graph.constant(f"{name}/scale", np.array(scale, dtype=np.float32))
     steps = []
-    for name, part, order in zip(
-        fused.input[:3], "qkv", (TOKENS_FIRST, KEYS, TOKENS_FIRST), strict=True
+    for source, part, order in zip(
+        fused.input[:3], "qkv", (TOKENS_FIRST, KEYS_TURNED, TOKENS_FIRST), strict=True
     ):
         steps += [
-            node("Reshape", [name, split], f"{output}/{part}"),
-            node("Transpose", [f"{output}/{part}"], f"{output}/{part}/heads", perm=order),
+            node("Reshape", [source, split], f"{name}/{part}"),
+            node("Transpose", [f"{name}/{part}"], f"{name}/{part}/heads", perm=order),
         ]
     return [
         *steps,
-        node("Cast", [fused.input[4]], f"{output}/read", to=TensorProto.FLOAT),
-        node("Sub", [one, f"{output}/read"], f"{output}/unread"),
-        node("Mul", [f"{output}/unread", lowest], f"{output}/penalty"),
-        node("Unsqueeze", [f"{output}/penalty", axes], f"{output}/mask"),
-        node("MatMul", [f"{output}/q/heads", f"{output}/k/heads"], f"{output}/scores"),
-        node("Mul", [f"{output}/scores", factor], f"{output}/scaled"),
-        node("Add", [f"{output}/scaled", f"{output}/mask"], f"{output}/masked"),
-        node("Softmax", [f"{output}/masked"], f"{output}/shares", axis=-1),
-        node("MatMul", [f"{output}/shares", f"{output}/v/heads"], f"{output}/mixed"),
-        node("Transpose", [f"{output}/mixed"], f"{output}/tokens", perm=TOKENS_FIRST),
-        node("Reshape", [f"{output}/tokens", merge], output),
+        node("MatMul", [f"{name}/q/heads", f"{name}/k/heads"], f"{name}/scores"),
+        node("Mul", [f"{name}/scores", factor], f"{name}/scaled"),
+        node("Add", [f"{name}/scaled", f"{READ}/mask"], f"{name}/masked"),
+        node("Softmax", [f"{name}/masked"], f"{name}/shares", axis=-1),
+        node("MatMul", [f"{name}/shares", f"{name}/v/heads"], f"{name}/mixed"),
+        node("Transpose", [f"{name}/mixed"], f"{name}/tokens", perm=TOKENS_FIRST),
+        node("Reshape", [f"{name}/tokens", merge], output),
     ]
 
 
@@ -229,43 +276,29 @@ def _readers(graph: Graph) -> dict[str, list[NodeProto]]:
 
 def _is_the_mask(name: str, graph: Graph, makers: dict[str, NodeProto]) -> bool:
     """Whether a tensor is 0 where the input `mask` is 1 and very low where it is 0, for all queries."""
-    steps = []
+    steps = {}
     for op in ("Mul", "Sub", "Cast", "Unsqueeze"):
-        step = makers.get(name)
-        if step is None or step.op_type != op:
+        steps[op] = makers.get(name, NodeProto())
+        if steps[op].op_type != op:
             return False
-        steps.append(step)
-        name = step.input[1 if op == "Sub" else 0]
-    factor, one = (graph.constants.get(steps[0].input[1]), graph.constants.get(steps[1].input[0]))
+        name = steps[op].input[1 if op == "Sub" else 0]
+    factor = _scalar(steps["Mul"].input[1], graph)
+    one = _scalar(steps["Sub"].input[0], graph)
+    axes = graph.constants.get(steps["Unsqueeze"].input[1])
     return (
-        name == "mask" and factor is not None and one is not None and factor <= LOWEST and one == 1
+        name == "mask"
+        and factor is not None
+        and factor <= LOWEST
+        and one == 1
+        and axes is not None
+        and axes.tolist() == [1, 2]
     )
 
 
-def _is_sum(candidate: NodeProto | None, graph: Graph) -> bool:
-    """Whether a node adds two tensors, neither of them a constant."""
-    return (
-        candidate is not None
-        and candidate.op_type == "Add"
-        and not any(name in graph.constants for name in candidate.input)
-    )
-
-
-def _bias(candidate: NodeProto | None, graph: Graph) -> str:
-    """The constant vector that a node adds; "" if it does something else."""
-    if candidate is None or candidate.op_type != "Add":
-        return ""
-    vectors = [
-        name
-        for name in candidate.input
-        if name in graph.constants and graph.constants[name].ndim == 1
-    ]
-    return vectors[0] if vectors else ""
-
-
-def _other(candidate: NodeProto, name: str) -> str:
-    first, second = candidate.input
-    return second if first == name else first
+def _scalar(name: str, graph: Graph) -> float | None:
+    """The value of a constant that has one; None for anything else."""
+    value = graph.constants.get(name)
+    return float(value.item()) if value is not None and value.size == 1 else None
 
 
 def _attribute(candidate: NodeProto, name: str, default: Any) -> Any:

@@ -1,7 +1,7 @@
 """A graph with its wide products and embedding tables in fp16, and casts around them.
 
-What is between them stays in fp32: norms, softmax and residual sums need its range, and the
-heads decide everything and cost nothing.
+Fused attentions are fp16 too. What is between them stays in fp32: norms and residual sums need its
+range, and the heads decide everything and cost nothing.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ Per-tensor dynamic quantisation (`DynamicQuantizeLinear`) cannot promise that: i
 row's. Here a layer's input has a fixed scale, chosen on real prompts, or each of its rows has its own,
 where a fixed one would cost too much or no prompts are given. Each output column of the weights has its own.
 
-A fixed scale is the faster one: one node rounds the input, one multiplies and scales. ONNX Runtime's
-`MatMulIntegerToFloat` does the latter; all else is standard operators.
+A fixed scale is the faster one: one node rounds the input, and ONNX Runtime's own `MatMulIntegerToFloat`
+multiplies and scales. A scale a row takes seven more.
 
 Activations are unsigned, with a zero point per layer. CPUs without VNNI add two neighbouring products in
 16 bits, and cut off what does not fit. So two neighbouring weights of a column sum up to 128 at most: even
@@ -33,7 +33,8 @@ from lance_edge_export.graph import FLOAT, Graph, contributed, node
 T = TypeVar("T")
 Feed = Mapping[str, npt.NDArray[Any]]
 
-LEVELS = 127  # 8 bits, symmetric
+PRODUCT = "MatMulIntegerToFloat"
+WEIGHT_LEVELS = 127  # 8 bits, symmetric; tables too
 PAIR_LEVELS = 128  # of two neighbouring weights of a column together
 ACTIVATION_LEVELS = 255  # 8 bits, unsigned, around a zero point
 # Tried per layer; low ones suit inputs that are mostly positive.
@@ -79,9 +80,13 @@ def int8_products(
         rows = None if found is None else found.astype(np.float64)
         weights = [graph.constants[layer.input[1]].astype(np.float64) for layer in layers]
         scheme = choose_scheme(rows, weights) if rows is not None else plain_scheme(weights[0])
-        steps = _quantise_rows(source, scheme, graph)
+        steps = _quantise_input(source, scheme, graph)
         for layer, weight in zip(layers, weights, strict=True):
-            columns = quantise_layer(weight, rows, scheme)
+            balanced = weight * scheme.balance[:, None]
+            if rows is None:
+                columns = quantise_columns(balanced)
+            else:
+                columns = round_for_output(balanced, rows / scheme.balance)
             replacements[layer.output[0]] = steps + _integer_matmul(layer, columns, scheme, graph)
             steps = []
     for candidate in graph.nodes:
@@ -218,39 +223,50 @@ def choose_scheme(
     rows [rows, K], weights [K, N]. Each row counts alike, however large it is. Balance: SmoothQuant
     (Xiao et al., ICML 2023, eq. 4), with the exponent chosen per layer.
     """
-    sample = rows[:: max(1, len(rows) // COMPARED_ROWS)]
+    sample = rows[:: -(-len(rows) // COMPARED_ROWS)]
     outputs = np.concatenate([sample @ weight for weight in weights], 1)
     sizes = np.maximum(np.square(outputs).sum(1), SMALLEST_SCALE)
-    channels = np.abs(rows).max(0)
-    balances = [balance_of(channels, weights, exponent) for exponent in BALANCE_EXPONENTS]
-    balances.append(np.ones(rows.shape[1]))
+    lowest, highest = rows.min(0), rows.max(0)
+    channels = np.maximum(-lowest, highest)
 
-    def error(scheme: Scheme) -> float:
-        rounded = [_rounded_columns(weight * scheme.balance[:, None]) for weight in weights]
-        moved = scheme.rounded(sample) @ np.concatenate(rounded, 1) - outputs
-        return float((np.square(moved).sum(1) / sizes).sum())
+    def rounded(balance: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return np.concatenate([_rounded_columns(w * balance[:, None]) for w in weights], 1)
 
-    def best(schemes: Iterable[Scheme]) -> tuple[float, Scheme]:
-        return min(((error(scheme), scheme) for scheme in schemes), key=lambda item: item[0])
+    def best(schemes: Iterable[Scheme], columns: npt.NDArray[Any]) -> tuple[float, Scheme]:
+        moved = ((scheme, scheme.rounded(sample) @ columns - outputs) for scheme in schemes)
+        errors = (((np.square(off).sum(1) / sizes).sum(), scheme) for scheme, off in moved)
+        return min(errors, key=lambda item: item[0])
 
     halfway = balance_of(channels, weights, 0.5)
-    _, shifted = best(Scheme(halfway, zero_point) for zero_point in ZERO_POINTS)
-    own_error, own = best(Scheme(balance, shifted.zero_point) for balance in balances)
-    fixed_error, fixed = best(
-        one_scale(rows, balance, covered) for balance in balances for covered in COVERED
-    )
-    return fixed if fixed_error <= own_error * FIXED_MAY_COST**2 else own
+    tried = (Scheme(halfway, zero_point) for zero_point in ZERO_POINTS)
+    zero_point = best(tried, rounded(halfway))[1].zero_point
+    balances = [balance_of(channels, weights, exponent) for exponent in BALANCE_EXPONENTS]
+    balances.append(np.ones(rows.shape[1]))
+    own, fixed = [], []
+    for balance in balances:
+        columns = rounded(balance)
+        own.append(best([Scheme(balance, zero_point)], columns))
+        covering = (one_scale(lowest, highest, balance, covered) for covered in COVERED)
+        fixed.append(best(covering, columns))
+    own_error, own_scheme = min(own, key=lambda item: item[0])
+    fixed_error, fixed_scheme = min(fixed, key=lambda item: item[0])
+    return fixed_scheme if fixed_error <= own_error * FIXED_MAY_COST**2 else own_scheme
 
 
 def one_scale(
-    rows: npt.NDArray[np.float64], balance: npt.NDArray[np.float64], covered: float
+    lowest: npt.NDArray[np.float64],
+    highest: npt.NDArray[np.float64],
+    balance: npt.NDArray[np.float64],
+    covered: float,
 ) -> Scheme:
-    """One scale for all rows, whose integers reach over this share of their range."""
-    balanced = rows / balance
-    lowest = covered * min(float(balanced.min()), 0.0)
-    highest = covered * max(float(balanced.max()), 0.0)
-    scale = max((highest - lowest) / ACTIVATION_LEVELS, float(SMALLEST_SCALE))
-    return Scheme(balance, round(-lowest / scale), float(np.float32(scale)))
+    """One scale for all rows, whose integers reach over this share of their range.
+
+    lowest, highest  value of each channel  [K]
+    """
+    low = covered * min(float((lowest / balance).min()), 0.0)
+    high = covered * max(float((highest / balance).max()), 0.0)
+    scale = max((high - low) / ACTIVATION_LEVELS, float(SMALLEST_SCALE))
+    return Scheme(balance, round(-low / scale), float(np.float32(scale)))
 
 
 def balance_of(
@@ -277,34 +293,6 @@ def row_scales(rows: npt.NDArray[np.float64], zero_point: int) -> npt.NDArray[np
     return result
 
 
-@dataclass(frozen=True)
-class Columns:
-    """A layer's weights: weight * balance ~ integers * scales.
-
-    integers    [K, N]
-    scales      [N]
-    correction  what rounding takes from the outputs on average, to be added again  [N]; None if
-                nothing is known of the inputs
-    """
-
-    integers: npt.NDArray[np.int8]
-    scales: npt.NDArray[np.float32]
-    correction: npt.NDArray[np.float32] | None = None
-
-
-def quantise_layer(
-    weight: npt.NDArray[np.float64], rows: npt.NDArray[np.float64] | None, scheme: Scheme
-) -> Columns:
-    """weight [K, N], rows [rows, K] the inputs it will meet if they are known"""
-    balanced = weight * scheme.balance[:, None]
-    if rows is None:
-        return Columns(*quantise_columns(balanced))
-    integers, scales = round_for_output(balanced, rows / scheme.balance)
-    found = scheme.rounded(rows).mean(0) @ (integers * scales.astype(np.float64))
-    correction = rows.mean(0) @ weight - found
-    return Columns(integers, scales, correction.astype(np.float32))
-
-
 def round_for_output(
     weight: npt.NDArray[np.float64], rows: npt.NDArray[np.float64]
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
@@ -323,7 +311,7 @@ def round_for_output(
         end = min(start + HESSIAN_BLOCK, channels)
         errors = np.zeros((end - start, weight.shape[1]))
         for k in range(start, end):
-            most = _free(integers[k - 1]) if k % 2 else LEVELS
+            most = _free(integers[k - 1]) if k % 2 else WEIGHT_LEVELS
             integers[k] = np.clip(np.rint(weight[k] / scales), -most, most)
             errors[k - start] = (weight[k] - integers[k] * scales) / factor[k, k]
             weight[k + 1 : end] -= np.outer(factor[k, k + 1 : end], errors[k - start])
@@ -345,21 +333,22 @@ def column_scales(weight: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     sizes = np.abs(weight)
     pairs = sizes[: len(sizes) // 2 * 2].reshape(-1, 2, sizes.shape[1]).sum(1)
     # Rounding may add one to a pair's sum.
-    largest = np.maximum(pairs.max(0, initial=0) / (PAIR_LEVELS - 1), sizes.max(0) / LEVELS)
-    return np.maximum(largest, SMALLEST_SCALE).astype(np.float32)
+    largest = np.maximum(pairs.max(0, initial=0) / (PAIR_LEVELS - 1), sizes.max(0) / WEIGHT_LEVELS)
+    scales: npt.NDArray[np.float32] = np.maximum(largest, SMALLEST_SCALE).astype(np.float32)
+    return scales
 
 
 def quantise_table(table: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
     """table [V, H] -> integers [V, H] and scales [V, 1] with table ~ integers * scales"""
     largest = np.abs(table).max(1, keepdims=True)
-    scales = np.maximum(largest / LEVELS, SMALLEST_SCALE).astype(np.float32)
+    scales = np.maximum(largest / WEIGHT_LEVELS, SMALLEST_SCALE).astype(np.float32)
     return np.rint(table / scales).astype(np.int8), scales
 
 
 def _free(neighbour: npt.NDArray[np.int8]) -> npt.NDArray[np.int64]:
     """How large an integer next to these may be  [N]"""
     result: npt.NDArray[np.int64] = np.minimum(
-        PAIR_LEVELS - np.abs(neighbour.astype(np.int64)), LEVELS
+        PAIR_LEVELS - np.abs(neighbour.astype(np.int64)), WEIGHT_LEVELS
     )
     return result
 
@@ -381,7 +370,7 @@ def _is_embedding(candidate: NodeProto, graph: Graph) -> bool:
     return table is not None and axis == 0 and table.ndim == 2 and table.dtype == np.float32
 
 
-def _quantise_rows(source: str, scheme: Scheme, graph: Graph) -> list[NodeProto]:
+def _quantise_input(source: str, scheme: Scheme, graph: Graph) -> list[NodeProto]:
     """source [..., K] -> `source/int8` [..., K] and `source/scale`, a scalar or [..., 1]"""
     constant = graph.constant
     balanced, steps = source, []
@@ -424,23 +413,24 @@ def _quantise_rows(source: str, scheme: Scheme, graph: Graph) -> list[NodeProto]
 
 
 def _integer_matmul(
-    matmul: NodeProto, columns: Columns, scheme: Scheme, graph: Graph
+    matmul: NodeProto,
+    columns: tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]],
+    scheme: Scheme,
+    graph: Graph,
 ) -> list[NodeProto]:
     source, weight = matmul.input
     (output,) = matmul.output
-    narrow = f"{source}/int8"
-    zero = _zero(scheme.zero_point, graph)
-    stored = graph.constant(f"{weight}/int8", columns.integers)
-    scales = graph.constant(f"{weight}/scale", columns.scales)
+    integers, scales = columns
+    parts = [
+        graph.constant(f"{weight}/int8", integers),
+        f"{source}/scale" if scheme.scale is not None else graph.constant("int8/one", ONE),
+        graph.constant(f"{weight}/scale", scales),
+        _zero(scheme.zero_point, graph),
+    ]
     if scheme.scale is not None:
-        inputs = [narrow, stored, f"{source}/scale", scales, zero]
-        if columns.correction is not None:
-            inputs += ["", graph.constant(f"{weight}/correction", columns.correction)]
-        return [contributed("MatMulIntegerToFloat", inputs, output)]
+        return [contributed(PRODUCT, [f"{source}/int8", *parts], output)]
     return [
-        node("MatMulInteger", [narrow, stored, zero], f"{output}/integers"),
-        node("Cast", [f"{output}/integers"], f"{output}/floats", to=FLOAT),
-        node("Mul", [f"{output}/floats", scales], f"{output}/columns"),
+        contributed(PRODUCT, [f"{source}/int8", *parts], f"{output}/columns"),
         node("Mul", [f"{output}/columns", f"{source}/scale"], output),
     ]
 
@@ -454,8 +444,8 @@ def _integer_gather(gather: NodeProto, graph: Graph) -> list[NodeProto]:
     (output,) = gather.output
     integers, scales = quantise_table(graph.constants[table])
     return [
-        node("Gather", [graph.constant(f"{table}/int8", integers), ids], f"{output}/integers"),
-        node("Cast", [f"{output}/integers"], f"{output}/floats", to=FLOAT),
-        node("Gather", [graph.constant(f"{table}/scale", scales), ids], f"{output}/scale"),
-        node("Mul", [f"{output}/floats", f"{output}/scale"], output),
+        node("Gather", [graph.constant(f"{table}/int8", integers), ids], f"{output}/table_integers"),
+        node("Cast", [f"{output}/table_integers"], f"{output}/table_floats", to=FLOAT),
+        node("Gather", [graph.constant(f"{table}/scale", scales), ids], f"{output}/table_scale"),
+        node("Mul", [f"{output}/table_floats", f"{output}/table_scale"], output),
     ]

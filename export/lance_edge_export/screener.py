@@ -24,12 +24,14 @@ from lance_edge_export.optimise import merge_projections
 from lance_edge_export.pack import write_bundle
 from lance_edge_export.parity import BOUNDS, compare, gate, severities
 from lance_edge_export.quantise import (
+    CALIBRATION_PROMPTS,
     REPORTED_PROMPTS,
     WORST,
     Feed,
     calibration_feeds,
     int8_products,
     layer_errors,
+    spread,
 )
 from lance_edge_export.to_onnx import export_screener
 from lance_edge_training.evaluate import network_session
@@ -60,7 +62,8 @@ def export_bundle(
 ) -> None:
     """Write a bundle with a screener.
 
-    prompts  real ones, on which the stages are compared and the quantiser looks at activations
+    prompts  real ones: of some, the quantiser looks at the activations; on the others, if there are
+             any, the stages are compared
     golden   prompts whose verdicts every machine must reproduce
     tell     is given a line per stage
 
@@ -75,7 +78,10 @@ def export_bundle(
         stages["int8"] = int8_products(stages["fp32"], feeds, wishes.keep_fp32)
     if wishes.precision == "fp16":
         stages["fp16"] = half_products(stages["fp32"], wishes.keep_fp32)
-    parity = compare_stages(checkpoint, stages, encoded, feeds[:REPORTED_PROMPTS], tell)
+    # The scales fit the prompts that they were chosen on; others judge them, where there are others.
+    used = {id(windows) for windows in spread(encoded, CALIBRATION_PROMPTS)}
+    others = [windows for windows in encoded if id(windows) not in used] or encoded
+    parity = compare_stages(checkpoint, stages, others, feeds[:REPORTED_PROMPTS], tell)
     graph = stages[wishes.precision]
     spec = ScreenerSpec(
         "screener.onnx",

@@ -37,7 +37,7 @@ from lance_edge_export.fused import ATTENTION, NORM, fuse, unfuse
 from lance_edge_export.fusion import fusion
 from lance_edge_export.half import half_products
 from lance_edge_export.optimise import merge_projections
-from lance_edge_export.quantise import int8_products, layer_errors, linear_layers
+from lance_edge_export.quantise import PRODUCT, int8_products, layer_errors, linear_layers
 from lance_edge_export.screener import with_taxonomy
 from lance_edge_export.to_onnx import export_screener
 from lance_edge_training.checkpoint import new_screener, save_screener
@@ -50,7 +50,6 @@ pytestmark = [
 ]
 
 FUSED = ("bert", "roberta", "xlm-roberta", "electra")  # whose attention becomes one operator
-INTEGER = ("MatMulInteger", "MatMulIntegerToFloat")
 WORDS = tiny.tokenizer()
 VOCABULARY = WORDS.get_vocab_size()
 LABELS = ("safe", "Violence/Threats", "privacy")
@@ -176,7 +175,7 @@ def test_a_screener_of_each_family_exports(family: str, tmp_path: Path) -> None:
     assert difference(read, graph) < 1e-5
     assert difference(read, unfuse(graph)) < 1e-5
     int8 = int8_products(graph, [inputs(1, 8), inputs(3, 16)])
-    assert sum(node.op_type in INTEGER for node in int8.graph.node) >= 4
+    assert sum(node.op_type == PRODUCT for node in int8.graph.node) >= 4
     assert 0 < difference(read, int8, "mean") < 0.1
 
 
@@ -312,8 +311,8 @@ def test_a_layer_may_be_kept_in_fp32(tmp_path: Path) -> None:
     assert 0 < min(errors.values()) <= max(errors.values()) < 0.1
     first = next(iter(linear_layers(graph)))
     kept = int8_products(graph, feeds, [first])
-    integer = [node for node in int8.graph.node if node.op_type in INTEGER]
-    left = [node for node in kept.graph.node if node.op_type in INTEGER]
+    integer = [node for node in int8.graph.node if node.op_type == PRODUCT]
+    left = [node for node in kept.graph.node if node.op_type == PRODUCT]
     assert len(left) == len(integer) - 1
     assert layer_errors(graph, kept, feeds)[first] < errors[first]
     with pytest.raises(ExportError, match="there is no layer 'nothing' to keep; there are"):

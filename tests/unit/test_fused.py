@@ -14,13 +14,18 @@ from lance_edge_engines import open_session
 from lance_edge_export.float_screener import float_screener
 from lance_edge_export.fused import ATTENTION, NORM, fuse, unfuse
 from lance_edge_export.half import half_products
+from lance_edge_export.quantise import int8_products
 
 WIDTH, HEADS = 64, 4
 Change = tuple[str, str, str]  # operator, inputs, output
 
 
-def layer(**changed: Change) -> onnx.ModelProto:
-    """One layer of an encoder: attention and a sum with its norm. Nodes are changed by their outputs."""
+def layer(values: dict[str, list[int]] | None = None, **changed: Change) -> onnx.ModelProto:
+    """One layer of an encoder: attention and a sum with its norm.
+
+    values   other integer constants
+    changed  other nodes, by their outputs
+    """
     rng = np.random.default_rng(5)
 
     def weight(*shape: int) -> Any:
@@ -36,6 +41,7 @@ def layer(**changed: Change) -> onnx.ModelProto:
         "root": np.array((WIDTH // HEADS) ** 0.5, np.float32),
         "one": np.array(1, np.float32),
         "lowest": np.array(-3e38, np.float32),
+        **{name: np.array(value) for name, value in (values or {}).items()},
     }
     first, keys = [0, 2, 1, 3], [0, 2, 3, 1]
     nodes = [
@@ -131,12 +137,59 @@ def test_fused_attention_may_be_fp16() -> None:
         {"masked": ("Sub", "scaled penalty", "masked")},
         {"kh": ("Identity", "k4", "kh")},
         {"back": ("Identity", "mixed", "back")},
+        {"k4": ("Reshape", "k merge", "k4")},
     ],
     ids=lambda change: next(iter(change)),
 )
 def test_an_attention_of_another_form_is_left_alone(changed: dict[str, Change]) -> None:
     fused = kinds(fuse(layer(**changed)))
     assert (fused[ATTENTION], fused["Softmax"]) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    "values", [{"axes": [1, 3]}, {"split": [0, 0, -1, 16]}, {"merge": [0, -1]}], ids=str
+)
+def test_an_attention_of_other_lengths_is_left_alone(values: dict[str, list[int]]) -> None:
+    fused = kinds(fuse(layer(values)))
+    assert (fused[ATTENTION], fused["Softmax"]) == (0, 1)
+
+
+def test_a_softmax_over_queries_is_left_alone() -> None:
+    model = layer()
+    (softmax,) = (node for node in model.graph.node if node.op_type == "Softmax")
+    softmax.attribute[0].i = 2
+    assert kinds(fuse(model))[ATTENTION] == 0
+
+
+@pytest.mark.parametrize("form", ["fp32", "fp16"])
+@pytest.mark.parametrize("scaled", ["fixed", "rows", "no"])
+def test_what_was_fused_and_rounded_comes_back_for_tensorrt(form: Any, scaled: str) -> None:
+    ids = np.random.default_rng(7).integers(0, 40, (20, 12))
+    feeds = [{"ids": ids, "mask": np.ones_like(ids)}] if scaled == "fixed" else []
+    model = fuse(layer()) if scaled == "no" else int8_products(fuse(layer()), feeds)
+    assert ("MatMulIntegerToFloat" in kinds(model)) == (scaled != "no")
+    plain = float_screener(model, form)
+    assert {node.domain for node in plain.graph.node} == {""}
+    lost = np.abs(run(plain) - run(layer())).max() / np.abs(run(layer())).max()
+    assert lost < 0.05
+
+
+def test_fp16_attention_comes_back_too() -> None:
+    plain = float_screener(half_products(fuse(layer())), "fp16")
+    assert {node.domain for node in plain.graph.node} == {""}
+    assert np.abs(run(plain) - run(layer())).max() < 0.02
+
+
+def test_a_sum_that_is_no_linear_layers_is_left_alone() -> None:
+    """Its first summand might have fewer rows than its second, which the operator does not take."""
+    assert kinds(fuse(layer(biased=("Tanh", "product", "biased"))))[NORM] == 0
+
+
+def test_nodes_without_inputs_are_no_trouble() -> None:
+    model = layer()
+    made = helper.make_node("Constant", [], ["unused"], value_float=1.0)
+    model.graph.node.insert(0, made)
+    assert kinds(fuse(model))[ATTENTION] == 1
 
 
 def test_what_else_is_read_is_kept() -> None:
