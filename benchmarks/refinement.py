@@ -106,7 +106,10 @@ def rewrites(pairs: Pairs) -> dict[str, Any]:
             np.mean([v.decision == "block" and v.reason is None for _, v in wanted])
         ),
         "reasons": reasons,
-        "refusal_phrases": sum(bool(REFUSAL.search(v.refined or "")) for v in accepted),
+        "refusal_phrases": sum(  # that are the rewrite's own: people too say "I can't face Monday"
+            bool(REFUSAL.search(v.refined or "")) and not REFUSAL.search(r["prompt"])
+            for r, v in wanted
+        ),
     }
 
 

@@ -11,7 +11,7 @@ from lance_edge.screener import FloatArray, WindowLabels
 from lance_edge.tokenizer import Window
 from lance_edge.verdict import Span
 
-COVER = 0.6  # spans hold the strongest words that together make this share of the evidence
+COVER = 0.7  # spans hold the strongest words that together make this share of the evidence
 JOIN = 1  # words left out between two chosen ones that still belong to one span
 
 
