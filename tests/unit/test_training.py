@@ -295,7 +295,7 @@ def test_resuming_with_other_settings_is_refused(
     saved = (tmp_path / "training.pt").read_bytes()
     result = train(*arguments, *change)
     assert result.exit_code == 2
-    assert "was written with other settings; give them again" in plain(result.output)
+    assert "was written with other settings; give them again" in unframed(result.output)
     assert (tmp_path / "training.pt").read_bytes() == saved
 
 
@@ -344,7 +344,7 @@ def test_what_a_run_cannot_start_from_is_wrong_usage(
     ):
         result = train("--out", tmp_path / "out", "--epochs", 1, "--start", start)
         assert result.exit_code == 2
-        assert message in plain(result.output)
+        assert message in unframed(result.output)
 
 
 def test_resuming_from_another_start_is_refused(
@@ -355,10 +355,10 @@ def test_resuming_from_another_start_is_refused(
     assert train("--out", second, "--epochs", 1, "--save-every", 1).exit_code == 0
     again = train("--out", second, "--epochs", 1, "--start", first / "training.pt")
     assert again.exit_code == 2
-    assert "was written with other settings" in plain(again.output)
+    assert "was written with other settings" in unframed(again.output)
 
 
-def plain(output: str) -> str:
+def unframed(output: str) -> str:
     """An error's words, without the frame around them."""
     return " ".join(output.replace("│", " ").split())
 
