@@ -444,7 +444,9 @@ def _integer_gather(gather: NodeProto, graph: Graph) -> list[NodeProto]:
     (output,) = gather.output
     integers, scales = quantise_table(graph.constants[table])
     return [
-        node("Gather", [graph.constant(f"{table}/int8", integers), ids], f"{output}/table_integers"),
+        node(
+            "Gather", [graph.constant(f"{table}/int8", integers), ids], f"{output}/table_integers"
+        ),
         node("Cast", [f"{output}/table_integers"], f"{output}/table_floats", to=FLOAT),
         node("Gather", [graph.constant(f"{table}/scale", scales), ids], f"{output}/table_scale"),
         node("Mul", [f"{output}/table_floats", f"{output}/table_scale"], output),
