@@ -39,6 +39,7 @@ TOOLS = {
     "export": "lance_edge_export.cli:app",
     "pack": "lance_edge_export.pack_cli:app",
     "plan": "lance_edge_export.plan_cli:app",
+    "refit": "lance_edge_export.refit_cli:app",
 }
 # What those commands need beyond the base install: module -> extra that brings it.
 EXTRAS = {

@@ -14,7 +14,7 @@ from lance_edge.weights import WEIGHTS
 from lance_edge_engines import Session, SessionError, open_session
 
 if TYPE_CHECKING:
-    from lance_edge_engines.plan_record import PlanEntry
+    from lance_edge_engines.plan_record import PlanEntry, PlanRecord
 
 Part = Literal["screener", "refiner"]
 PARTS: tuple[Part, ...] = ("screener", "refiner")
@@ -75,12 +75,16 @@ def open_graphs(
     from lance_edge_engines.plan_record import check_sources, read_record
 
     record = read_record(plans)
+    for part in planned_parts(plans, record):
+        check_sources(plans, record, part, sources(bundle, part))
+    return Graphs(bundle, device, threads, record.plans, plans)
+
+
+def planned_parts(plans: Path, record: PlanRecord) -> list[Part]:
+    """The parts that a folder has plans of. Raises SessionError if it has others."""
     if unknown := sorted(set(record.plans) - set(PARTS)):
         raise SessionError(f"{plans} has plans of {', '.join(unknown)}; build the plans again")
-    for part in PARTS:
-        if part in record.plans:
-            check_sources(plans, record, part, sources(bundle, part))
-    return Graphs(bundle, device, threads, record.plans, plans)
+    return [part for part in PARTS if part in record.plans]
 
 
 def sources(bundle: Bundle, part: Part) -> dict[str, str]:

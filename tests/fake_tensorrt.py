@@ -115,7 +115,7 @@ def make(name: str, version: str) -> ModuleType:
         def __init__(self) -> None:
             pass
 
-    flags = ["REFIT", "TF32", "STRIP_PLAN", "VERSION_COMPATIBLE"]
+    flags = ["REFIT", "TF32", "STRIP_PLAN", "REFIT_IDENTICAL", "VERSION_COMPATIBLE"]
     module.ILogger, module.IProgressMonitor = ILogger, IProgressMonitor
     module.BuilderFlag = choices("BuilderFlag", *(["FP16", "INT8"] if ten else []), *flags)
     # 11 has strongly typed networks only; rtx keeps the name for what it does anyway.
@@ -123,6 +123,8 @@ def make(name: str, version: str) -> ModuleType:
         ["EXPLICIT_BATCH", "STRONGLY_TYPED"] if ten else ["STRONGLY_TYPED"] if rtx else ["OTHER"]
     )
     module.NetworkDefinitionCreationFlag = choices("NetworkDefinitionCreationFlag", *named)
+    excluded = ["EXCLUDE_WEIGHTS", "EXCLUDE_LEAN_RUNTIME"]
+    module.SerializationFlag = choices("SerializationFlag", *excluded)
     module.MemoryPoolType = choices("MemoryPoolType", "WORKSPACE")
     module.ProfilingVerbosity = choices("ProfilingVerbosity", "LAYER_NAMES_ONLY", "DETAILED")
     module.HardwareCompatibilityLevel = choices("HardwareCompatibilityLevel", "NONE", "AMPERE_PLUS")
@@ -138,6 +140,7 @@ def make(name: str, version: str) -> ModuleType:
         )
     module.Builder = lambda log: Builder(module, log, typed_by_flag=ten)
     module.OnnxParser = Parser
+    module.Refitter, module.OnnxParserRefitter = Refitter, ParserRefitter
     module.Runtime = lambda log: Runtime(module, log)
     return module
 
@@ -319,13 +322,9 @@ class Builder:
                     fail(self.log, f"{tensor.name} is given by the wrong call")
                     return None
         self.tell(config.progress_monitor)
-        header = {
-            "version": self.module.__version__,
-            "profiles": [profile.spans for profile in config.profiles],
-        }
-        return memoryview(
-            MAGIC + json.dumps(header).encode() + b"\n" + network.model.SerializeToString()
-        )
+        spans = [profile.spans for profile in config.profiles]
+        stripped = {"STRIP_PLAN", "REFIT_IDENTICAL"} <= config.flags
+        return serialized(self.module, spans, network.model, stripped)
 
     def tell(self, monitor: Any) -> None:
         """Two phases, one within the other."""
@@ -335,6 +334,66 @@ class Builder:
         monitor.phase_finish("timing")
         assert monitor.step_complete("building", 1)
         monitor.phase_finish("building")
+
+
+def serialized(
+    module: Any, profiles: list[dict[str, Any]], model: onnx.ModelProto, stripped: bool
+) -> memoryview:
+    """A plan; a stripped one has zeros for weights."""
+    header = {"version": module.__version__, "profiles": profiles, "stripped": stripped}
+    kept = onnx.ModelProto()
+    kept.CopyFrom(model)
+    for tensor in weights_of(kept) if stripped else ():
+        zeros = np.zeros_like(onnx.numpy_helper.to_array(tensor))
+        tensor.CopyFrom(onnx.numpy_helper.from_array(zeros, tensor.name))
+    return memoryview(MAGIC + json.dumps(header).encode() + b"\n" + kept.SerializeToString())
+
+
+def weights_of(model: onnx.ModelProto) -> list[onnx.TensorProto]:
+    """Floating-point constants; lengths and indices stay in a stripped plan."""
+    kinds = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
+    return [tensor for tensor in model.graph.initializer if tensor.data_type in kinds]
+
+
+# Refitting
+
+
+class Refitter:
+    def __init__(self, engine: Engine, log: Any) -> None:
+        self.engine, self.log = engine, log
+        self.given: dict[str, onnx.TensorProto] = {}
+
+    def get_missing_weights(self) -> list[str]:
+        return [t.name for t in weights_of(self.engine.model) if t.name not in self.given]
+
+    def refit_cuda_engine(self) -> bool:
+        if self.get_missing_weights():
+            return bool(fail(self.log, "weights are missing"))
+        for tensor in weights_of(self.engine.model):
+            tensor.CopyFrom(self.given[tensor.name])
+        return True
+
+
+class ParserRefitter:
+    def __init__(self, refitter: Refitter, log: Any) -> None:
+        self.refitter, self.log = refitter, log
+
+    def refit_from_file(self, path: str) -> bool:
+        if not self.refitter.engine.stripped:
+            return bool(fail(self.log, "the engine is not refittable"))
+        self.refitter.given = {tensor.name: tensor for tensor in weights_of(onnx.load(path))}
+        return True
+
+
+class SerializationConfig:
+    def __init__(self, flags: set[str]) -> None:
+        self.flags = flags
+
+    def set_flag(self, flag: Any) -> None:
+        self.flags.add(flag.name)
+
+    def clear_flag(self, flag: Any) -> None:
+        self.flags.discard(flag.name)
 
 
 # Running
@@ -351,16 +410,23 @@ class Runtime:
         values = json.loads(header.removeprefix(MAGIC))
         if values["version"] != self.module.__version__:
             return fail(self.log, f"the plan is of version {values['version']}")
-        return Engine(self.module, self.log, values["profiles"], onnx.load_from_string(model))
+        loaded = onnx.load_from_string(model)
+        return Engine(self.module, self.log, values["profiles"], loaded, values["stripped"])
 
 
 class Engine:
     device_memory_size_v2 = 12345
 
     def __init__(
-        self, module: Any, log: Any, profiles: list[dict[str, Any]], model: onnx.ModelProto
+        self,
+        module: Any,
+        log: Any,
+        profiles: list[dict[str, Any]],
+        model: onnx.ModelProto,
+        stripped: bool,
     ) -> None:
         self.module, self.log, self.profiles, self.model = module, log, profiles, model
+        self.stripped = stripped
         self.tensors = {tensor.name: tensor for tensor in inputs_of(module, model)}
         self.input_names = list(self.tensors)
         outputs = [Tensor(module, value, set()) for value in model.graph.output]
@@ -384,6 +450,13 @@ class Engine:
     def get_tensor_location(self, name: str) -> Any:
         places = self.module.TensorLocation
         return places.HOST if self.tensors[name].is_shape_tensor else places.DEVICE
+
+    def create_serialization_config(self) -> SerializationConfig:
+        return SerializationConfig({"EXCLUDE_WEIGHTS"} if self.stripped else set())
+
+    def serialize_with_config(self, config: SerializationConfig) -> memoryview:
+        stripped = "EXCLUDE_WEIGHTS" in config.flags
+        return serialized(self.module, self.profiles, self.model, stripped)
 
     def create_engine_inspector(self) -> Any:
         layer = {"Name": "one", "Outputs": [{"Format/Datatype": "Half"}]}

@@ -18,7 +18,7 @@ from lance_edge_engines.cuda import Gpu
 from lance_edge_engines.session import SessionError
 
 RECORD = "plan.json"
-FORMAT = 2
+FORMAT = 3
 
 RuntimeName = Literal["tensorrt", "rtx"]
 PlanPrecision = Literal["fp32", "fp16", "int8", "fp8"]
@@ -63,6 +63,7 @@ class PlanEntry:
     targets       compute capabilities it runs on, as in sm_86; empty for all that the runtime knows
     gpu           the GPU it was built on and for; None if it was built without one
     version_compatible, hardware_compatible   newer runtimes, and other GPUs from sm_80 on, may run it
+    stripped      whether its weights were left out; it cannot be run before they are put back
     profiles      lengths it can be run with; the runtime takes the first that fits
     network       layers and types of the parsed graph
     engine        layers, types, inputs and outputs as the runtime has them; None if it was not read back
@@ -81,6 +82,7 @@ class PlanEntry:
     gpu: str | None
     version_compatible: bool
     hardware_compatible: bool
+    stripped: bool
     profiles: tuple[Profile, ...]
     network: dict[str, Any]
     engine: dict[str, Any] | None
@@ -183,9 +185,10 @@ def rebuild(folder: Path, record: PlanRecord) -> str:
     targets = (
         f" --target {','.join(entry.targets)}" if record.runtime == "rtx" and entry.targets else ""
     )
+    stripped = " --stripped" if entry.stripped else ""
     return (
-        f"lance-edge plan BUNDLE --runtime {record.runtime} --precision {entry.precision}{only}{targets} "
-        f"--out {folder}.new"
+        f"lance-edge plan BUNDLE --runtime {record.runtime} --precision {entry.precision}{only}{targets}"
+        f"{stripped} --out {folder}.new"
     )
 
 
@@ -196,6 +199,8 @@ def _entry(values: dict[str, Any]) -> PlanEntry:
         raise ValueError(f"{values['file']!r} is not a plain file name")
     if values["precision"] not in get_args(PlanPrecision):
         raise ValueError(f"there is no precision {values['precision']!r}")
+    if not isinstance(values["stripped"], bool):
+        raise ValueError("stripped must be true or false")
     sources, targets = values["sources"], values["targets"]
     if not isinstance(sources, dict) or not isinstance(targets, list):
         raise ValueError("sources must be an object and targets a list")

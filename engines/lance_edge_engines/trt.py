@@ -45,13 +45,18 @@ def open_plan(
     memory   of the device, for this session alone; None to open it
 
     Raises PlanStale if the plan fits another graph, runtime version or GPU, DeviceUnavailable
-    without the runtime or a GPU, and SessionError if the runtime refuses the plan.
+    without the runtime or a GPU, and SessionError if the plan is stripped or the runtime refuses it.
     """
     record = read_record(folder)
     runtime = import_runtime(record.runtime)
     device: Memory = Device(gpu) if memory is None else memory
     try:
         contents = check_plan(folder, record, name, runtime.__version__, device.gpu, sources)
+        if record.plans[name].stripped:
+            raise SessionError(
+                f"{folder / record.plans[name].file} was built without its weights; put them back "
+                f"with `lance-edge refit {folder} BUNDLE --out {folder}.whole`"
+            )
         return PlanSession(runtime, contents, record.runtime, record.plans[name].profiles, device)
     except SessionError:
         device.close()

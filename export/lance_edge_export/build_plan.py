@@ -38,6 +38,7 @@ class Job:
     gpu         number of the GPU to build on; rtx needs none
     workspace   bytes; None for half of the GPU's free memory, 1 GiB at most
     timing      file in which measured times of kernels are kept between builds
+    stripped    whether weights are left out
     """
 
     runtime: RuntimeName
@@ -50,6 +51,7 @@ class Job:
     timing: str | None
     version_compatible: bool
     hardware_compatible: bool
+    stripped: bool
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,11 @@ def build(job: Job, progress: Callable[[float], None]) -> Built:
     """Parse, build, write, read back. Raises SessionError if the runtime refuses."""
     trt: Any = import_runtime(job.runtime)
     device, unread = _device(job, trt)
+    if job.stripped and device is None:
+        raise SessionError(
+            f"{job.runtime} strips plans only on a machine with a GPU; run this on one, or leave "
+            "--stripped out"
+        )
     log = collecting_logger(trt)
     started = time.perf_counter()
     builder = trt.Builder(log)
@@ -146,6 +153,9 @@ def configure(
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if job.hardware_compatible:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if job.stripped:  # TensorRT keeps the weights that it chose kernels by; the same ones come back
+        config.set_flag(trt.BuilderFlag.STRIP_PLAN)
+        config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
     if job.targets and job.runtime == "rtx":
         config.num_compute_capabilities = len(job.targets)
         for index, target in enumerate(job.targets):

@@ -89,6 +89,13 @@ def plan(
             "--hardware-compatible", help="Other GPUs from sm_80 on may run it (tensorrt)."
         ),
     ] = False,
+    stripped: Annotated[
+        bool,
+        typer.Option(
+            "--stripped",
+            help="Leave the weights out; `lance-edge refit` puts them back where the plans run.",
+        ),
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     public_key: PublicKeyOption = None,
 ) -> int:
@@ -106,6 +113,7 @@ def plan(
         timing_cache,
         version_compatible,
         hardware_compatible,
+        stripped,
         read_calibration(precision, calibration, keep_fp16 or ()),
     )
     opened = open_bundle(bundle, public_key)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,10 +25,12 @@ from lance_edge_engines.plan_record import (
 )
 from lance_edge_engines.trt import import_runtime
 from lance_edge_export.build_plan import Built, Job, answer_path, known_targets
+from lance_edge_export.place import whole
 from lance_edge_export.plan_graphs import EightBits, PlanGraph, write_graph
 from lance_edge_export.qdq import EIGHT_BIT
 
 FP8_FROM = (8, 9)  # the first compute capability with fp8
+WHOLE, STRIPPED = ".plan", ".stripped.plan"  # how plans' files end
 
 Report = Callable[[str, float], None]  # what is being done, and which share of it is done
 
@@ -45,6 +45,7 @@ class PlanOptions:
     workspace_mib  memory for trying kernels; None for half of what the GPU has free, 1 GiB at most
     timing_cache   file of measured times of kernels, kept between builds
     version_compatible, hardware_compatible   plans that newer TensorRTs, or other GPUs, can run
+    stripped       plans without weights, which `refit_plans` puts back where they run
     eight_bits     what int8 and fp8 are made with
     """
 
@@ -56,6 +57,7 @@ class PlanOptions:
     timing_cache: Path | None = None
     version_compatible: bool = False
     hardware_compatible: bool = False
+    stripped: bool = False
     eight_bits: EightBits | None = None
 
     def __post_init__(self) -> None:
@@ -101,11 +103,8 @@ def build_plans(
             "build that in fp16"
         )
     check_targets(options)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _remove_old(out)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        built = [build_part(bundle, part, partial, options, report) for part in parts]
+    with whole(out) as folder:
+        built = [build_part(bundle, part, folder, options, report) for part in parts]
         record = PlanRecord(
             runtime=options.runtime,
             version=built[0][1],
@@ -116,11 +115,7 @@ def build_plans(
             },
             plans={part: entry for part, (entry, _) in zip(parts, built, strict=True)},
         )
-        (partial / RECORD).write_text(record.to_json(), encoding="utf-8")
-        partial.chmod(0o755)  # mkdtemp lets only its owner in
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        (folder / RECORD).write_text(record.to_json(), encoding="utf-8")
     return record
 
 
@@ -170,6 +165,7 @@ def job_of(graph: PlanGraph, plan: Path, options: PlanOptions) -> Job:
         timing=None if timing is None else str(timing.resolve()),
         version_compatible=options.version_compatible,
         hardware_compatible=options.hardware_compatible,
+        stripped=options.stripped,
     )
 
 
@@ -235,7 +231,8 @@ def entry_of(graph: PlanGraph, contents: bytes, built: Built, options: PlanOptio
     }
     short = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:12]
     return PlanEntry(
-        file=f"{graph.part}-{options.runtime}-{graph.precision}-{short}.plan",
+        file=f"{graph.part}-{options.runtime}-{graph.precision}-{short}"
+        + (STRIPPED if options.stripped else WHOLE),
         sha256=hashlib.sha256(contents).hexdigest(),
         bytes=len(contents),
         graph_sha256=graph_sha256,
@@ -246,6 +243,7 @@ def entry_of(graph: PlanGraph, contents: bytes, built: Built, options: PlanOptio
         gpu=built.gpu if options.runtime == "tensorrt" else None,
         version_compatible=options.version_compatible,
         hardware_compatible=options.hardware_compatible,
+        stripped=options.stripped,
         profiles=tuple(graph.profiles),
         network=built.network or {},
         engine=built.engine,
@@ -262,9 +260,10 @@ def summary(record: PlanRecord) -> list[str]:
         peak = entry.build["peak_mib"]
         memory = "" if peak is None else f", {peak:.0f} MiB at its peak"
         types = ", ".join(f"{count} {kind}" for kind, count in entry.network["types"].items())
+        weights = ", without weights" if entry.stripped else ""
         lines += [
             f"{name:<9} {entry.file}",
-            f"          {entry.bytes / 1e6:.1f} MB, {entry.precision}, for {where}",
+            f"          {entry.bytes / 1e6:.1f} MB{weights}, {entry.precision}, for {where}",
             f"          built in {entry.build['seconds']:.1f} s{memory}",
             f"          {entry.network['layers']} layers in the network: {types}",
         ]
@@ -283,13 +282,6 @@ def summary(record: PlanRecord) -> list[str]:
                 "of GPU memory beside the weights"
             )
     return lines
-
-
-def _remove_old(out: Path) -> None:
-    """What builds of this folder that were killed have left, a day ago or longer."""
-    for left in out.parent.glob(f".{out.name}.*"):
-        if time.time() - left.stat().st_mtime > 86_400:
-            shutil.rmtree(left, ignore_errors=True)
 
 
 def _share(line: bytes) -> float | None:

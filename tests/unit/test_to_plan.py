@@ -286,6 +286,7 @@ def job(bundle: Path, folder: Path, **changes: Any) -> Job:
         "timing": None,
         "version_compatible": False,
         "hardware_compatible": False,
+        "stripped": False,
     }
     return Job(**{**values, **changes})
 
@@ -305,6 +306,12 @@ def test_the_builders_settings(tensorrt: None, tiny_bundle: Path, tmp_path: Path
     assert (answer.engine["layers"], answer.engine["profiles"]) == (8, 1)
     assert answer.engine["formats"] == {"Half": 2}
     assert answer.engine["tensors"]["ids"] == {"type": "INT64", "shape": [-1, -1], "host": False}
+
+
+def test_a_stripped_plan_needs_a_gpu(rtx: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"rtx strips plans only on a machine with a GPU"):
+        built(tiny_bundle, tmp_path / "plans", stripped=True)
+    assert not left_in(tmp_path)
 
 
 def test_a_workspace_can_be_given(tensorrt: None, tiny_bundle: Path, tmp_path: Path) -> None:

@@ -352,7 +352,7 @@ def test_a_folder_without_plans_is_refused(refining: Path, tmp_path: Path) -> No
     with pytest.raises(SessionError, match=r"plan.json is missing; build plans with `lance-edge"):
         lance_edge.load(refining, plans=tmp_path)
     file = tmp_path / "plan.json"
-    file.write_text('{"format": 2, "plans": {}}')
+    file.write_text('{"format": 3, "plans": {}}')
     with pytest.raises(SessionError, match="it has plans of nothing"):
         lance_edge.load(refining, plans=tmp_path)
     with pytest.raises(SessionError, match="name the folder that `lance-edge plan` wrote"):
@@ -531,9 +531,9 @@ def test_a_part_that_was_not_built_is_named(record_path: Path, memory: FakeMemor
         (None, "plan.json is missing; build plans with `lance-edge plan"),
         ("{", "is not valid JSON"),
         ("[]", "is not a record of plans"),
-        ('{"format": 3}', "has format 3 and this version reads 2"),
-        ('{"format": 2, "plans": {"screener": {"file": "../x"}}}', "not a plain file name"),
-        ('{"format": 2, "plans": {"screener": {"odd": 1}}}', "unknown keys odd"),
+        ('{"format": 4}', "has format 4 and this version reads 3"),
+        ('{"format": 3, "plans": {"screener": {"file": "../x"}}}', "not a plain file name"),
+        ('{"format": 3, "plans": {"screener": {"odd": 1}}}', "unknown keys odd"),
     ],
 )
 def test_a_record_that_cannot_be_read(tmp_path: Path, text: str | None, message: str) -> None:
