@@ -32,7 +32,7 @@ from lance_edge.weights import (
     hidden_block,
     layout,
 )
-from lance_edge_export.graph import CONTRIBUTED, FLOAT, contributed, node
+from lance_edge_export.graph import CONTRIBUTED, FLOAT, PRODUCT, contributed, node
 
 OPSET, IR = 21, 10
 HIDDEN = -1e30  # a score of zero weight; minus infinity would make rows of nothing else NaN
@@ -359,7 +359,7 @@ class Builder:
         self.add("QuantizeLinear", [x, f"{name}.scale.row", middle], f"{name}.int8", axis=1)
         unit = self.constant("unit", 1, np.float32)
         factors = [f"{name}.int8", weight, unit, f"{weight}.scale", "middle"]
-        self.nodes.append(contributed("MatMulIntegerToFloat", factors, f"{weight}.scaled"))
+        self.nodes.append(contributed(PRODUCT, factors, f"{weight}.scaled"))
         return self.add("Mul", [f"{weight}.scaled", f"{name}.scale"], output)
 
 

@@ -15,10 +15,10 @@ from onnx import NodeProto
 
 from lance_edge.errors import ExportError
 from lance_edge_export.fused import unfuse
-from lance_edge_export.graph import Graph, node
+from lance_edge_export.graph import PRODUCT, Graph, attribute, node
 from lance_edge_export.half import half_products
 from lance_edge_export.plain_decoder import FloatPrecision
-from lance_edge_export.quantise import PRODUCT
+from lance_edge_export.quantise import BALANCED, COLUMNS, LEVELS
 
 QUANTISED = ("MatMulInteger", PRODUCT, "QuantizeLinear")
 OPSET = 20  # the oldest that float graphs of our exporter can be called: older parsers read those
@@ -45,7 +45,7 @@ def float_products(model: onnx.ModelProto) -> onnx.ModelProto:
         if candidate.op_type == PRODUCT:
             source, weight = _factors(candidate, makers, graph)
             (output,) = candidate.output
-            if output.endswith("/columns"):  # each row's scale comes after
+            if output.endswith(COLUMNS):  # each row's scale comes after
                 (scaled,) = _follow(candidate, ("Mul",), readers)
                 (output,) = scaled.output
             replacements[output] = [node("MatMul", [source, weight], output)]
@@ -76,7 +76,7 @@ def plain_gelu(model: onnx.ModelProto) -> onnx.ModelProto:
     for candidate in graph.nodes:
         if candidate.op_type != "Gelu":
             continue
-        if any(attribute.s == b"tanh" for attribute in candidate.attribute):
+        if attribute(candidate, "approximate", b"none") == b"tanh":
             raise ExportError(
                 "the screener's graph has a Gelu by tanh, which no plan is made of yet"
             )
@@ -100,9 +100,9 @@ def _factors(product: NodeProto, makers: dict[str, NodeProto], graph: Graph) -> 
         raise _unknown_form(product.op_type)
     weight = graph.constants[name].astype(np.float32) * graph.constants[scales]
     source = quantise.input[0]
-    if source.endswith("/levels"):
+    if source.endswith(LEVELS):
         source = makers[source].input[0]
-    if source.endswith("/balanced"):
+    if source.endswith(BALANCED):
         source, balance = makers[source].input
         weight = graph.constants[balance][:, None] * weight
     return source, graph.constant(f"{name}/float", weight)

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx
-from onnx import NodeProto, TensorProto, helper
+from onnx import NodeProto, TensorProto
 
-from lance_edge_export.graph import Graph, contributed, node
+from lance_edge_export.graph import Graph, attribute, contributed, node
 
 NORM, ATTENTION = "SkipLayerNormalization", "MultiHeadAttention"
 TOKENS_FIRST = [0, 2, 1, 3]  # [rows, tokens, heads, width] <-> [rows, heads, tokens, width]
@@ -53,7 +52,7 @@ def _fuse_norms(graph: Graph) -> None:
     makers, readers = graph.producers(), _readers(graph)
     replacements: dict[str, list[NodeProto]] = {}
     for norm in graph.nodes:
-        if norm.op_type != "LayerNormalization" or _attribute(norm, "axis", -1) != -1:
+        if norm.op_type != "LayerNormalization" or attribute(norm, "axis", -1) != -1:
             continue
         total = makers.get(norm.input[0])
         if total is None or total.op_type != "Add" or len(readers[norm.input[0]]) > 1:
@@ -72,7 +71,7 @@ def _fuse_norms(graph: Graph) -> None:
             inputs = [product, second, *norm.input[1:], bias]
             replacements[first] = []
         replacements[total.output[0]] = []
-        epsilon = _attribute(norm, "epsilon", 1e-5)
+        epsilon = attribute(norm, "epsilon", 1e-5)
         replacements[norm.output[0]] = [contributed(NORM, inputs, norm.output[0], epsilon=epsilon)]
     graph.replace(replacements)
 
@@ -101,7 +100,7 @@ def _plain_norm(norm: NodeProto) -> list[NodeProto]:
         steps = [node("Add", [first, weights[2]], f"{output}/biased")]
         first = f"{output}/biased"
     total = f"{output}/sum"
-    epsilon = _attribute(norm, "epsilon", 1e-5)
+    epsilon = attribute(norm, "epsilon", 1e-5)
     plain = node("LayerNormalization", [total, *weights[:2]], output, axis=-1, epsilon=epsilon)
     return [*steps, node("Add", [first, second], total), plain]
 
@@ -182,7 +181,7 @@ def _attention(
     heads = {_heads(item.input[1], graph, makers) for item in split}
     if (
         any(len(readers[name]) != 1 for name in inside)
-        or _attribute(softmax, "axis", -1) not in (-1, 3)
+        or attribute(softmax, "axis", -1) not in (-1, 3)
         or factor is None
         or len(heads) > 1
         or len(_lengths(merged.input[1], graph, makers)) != 3
@@ -201,7 +200,7 @@ def _expect(
     """The node, if it is one of these operators. Raises _OtherForm."""
     if candidate is None or candidate.op_type not in ops:
         raise _OtherForm
-    if perm is not None and _attribute(candidate, "perm", None) != perm:
+    if perm is not None and attribute(candidate, "perm", None) != perm:
         raise _OtherForm
     return candidate
 
@@ -242,7 +241,7 @@ def _plain_mask(graph: Graph) -> list[NodeProto]:
 def _plain_attention(fused: NodeProto, graph: Graph) -> list[NodeProto]:
     (output,) = fused.output
     name = f"{output}/attention"
-    heads, scale = _attribute(fused, "num_heads", 0), _attribute(fused, "scale", 0.0)
+    heads, scale = attribute(fused, "num_heads", 0), attribute(fused, "scale", 0.0)
     split = graph.constant(f"{name}/split", np.array([0, 0, heads, -1], dtype=np.int64))
     merge = graph.constant(f"{name}/merge", np.array([0, 0, -1], dtype=np.int64))
     factor = graph.constant(f"{name}/scale", np.array(scale, dtype=np.float32))
@@ -299,10 +298,3 @@ def _scalar(name: str, graph: Graph) -> float | None:
     """The value of a constant that has one; None for anything else."""
     value = graph.constants.get(name)
     return float(value.item()) if value is not None and value.size == 1 else None
-
-
-def _attribute(candidate: NodeProto, name: str, default: Any) -> Any:
-    for attribute in candidate.attribute:
-        if attribute.name == name:
-            return helper.get_attribute_value(attribute)
-    return default

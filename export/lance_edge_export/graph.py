@@ -12,6 +12,7 @@ import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 CONTRIBUTED = "com.microsoft"  # the domain of ONNX Runtime's own operators
+PRODUCT = "MatMulIntegerToFloat"  # one of them: a product of 8-bit integers, scaled
 
 
 class Graph:
@@ -103,6 +104,14 @@ def contributed(
 ) -> NodeProto:
     """A node of ONNX Runtime's own domain."""
     return node(op, inputs, output, domain=CONTRIBUTED, **attributes)
+
+
+def attribute(candidate: NodeProto, name: str, default: Any) -> Any:
+    """A node's attribute, or what the operator takes where it is not given."""
+    for found in candidate.attribute:
+        if found.name == name:
+            return helper.get_attribute_value(found)
+    return default
 
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16

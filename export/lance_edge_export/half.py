@@ -14,7 +14,7 @@ from onnx import NodeProto
 
 from lance_edge_export.fused import ATTENTION
 from lance_edge_export.graph import FLOAT, HALF, Graph, node
-from lance_edge_export.quantise import MIN_COLUMNS, checked_layers
+from lance_edge_export.layers import MIN_COLUMNS, checked_layers
 
 
 def half_products(model: onnx.ModelProto, keep_fp32: Collection[str] = ()) -> onnx.ModelProto:

@@ -22,6 +22,14 @@ from lance_edge.weights import WEIGHTS, contents
 from lance_edge_engines import open_session
 from lance_edge_engines.plan_record import PlanParity, PlanPrecision, Profile, Span
 from lance_edge_export.float_screener import float_screener
+from lance_edge_export.layers import (
+    CALIBRATION_PROMPTS,
+    REPORTED_PROMPTS,
+    WORST,
+    first_windows,
+    layer_errors,
+    set_apart,
+)
 from lance_edge_export.parity import FIXED_SCALES, compare, gate, severities
 from lance_edge_export.plain_decoder import (
     FloatPrecision,
@@ -30,13 +38,6 @@ from lance_edge_export.plain_decoder import (
     plain_weights,
 )
 from lance_edge_export.qdq import EightBit, eight_bit_products
-from lance_edge_export.quantise import (
-    REPORTED_PROMPTS,
-    WORST,
-    calibration_feeds,
-    layer_errors,
-    spread,
-)
 
 COMPARED_PROMPTS = 1024  # on which the parity gate compares, at most
 ROWS = RUN_TOKENS // PAD_MULTIPLE  # windows in one run of the screener, at most
@@ -66,7 +67,8 @@ class PlanGraph:
 class EightBits:
     """What 8-bit products are made with.
 
-    prompts    real ones: scales are chosen on 256 of them, and the parity gate compares on 1,024
+    prompts    real ones: scales are chosen on 256 of them, and the parity gate compares on up to 1,024
+               others, where there are others
     keep_fp16  the screener's layers that stay fp16, by name
     """
 
@@ -142,8 +144,10 @@ def eight_bit_screener(
     """
     spec = bundle.manifest.screener
     tokenizer = Tokenizer(bundle.read(spec.tokenizer), spec.window, spec.overlap)
-    encoded = [tokenizer.encode(prompt) for prompt in spread(wanted.prompts, COMPARED_PROMPTS)]
-    feeds = calibration_feeds(encoded)
+    chosen, others = set_apart(wanted.prompts, CALIBRATION_PROMPTS)
+    feeds = first_windows([tokenizer.encode(prompt) for prompt in chosen])
+    judges = set_apart(others or chosen, COMPARED_PROMPTS)[0]
+    encoded = [tokenizer.encode(prompt) for prompt in judges]
     floats = float_screener(model, "fp32")
     graph = eight_bit_products(floats, feeds, form, wanted.keep_fp16)
     calibration = [bundle.calibration[category.name] for category in bundle.categories]

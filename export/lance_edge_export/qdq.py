@@ -20,13 +20,8 @@ from onnx import NodeProto
 
 from lance_edge_export.graph import FLOAT, HALF, Graph, node
 from lance_edge_export.half import half_products
-from lance_edge_export.quantise import (
-    BALANCE_EXPONENTS,
-    Feed,
-    balance_of,
-    layers_by_source,
-    observed,
-)
+from lance_edge_export.layers import Feed, layers_by_source, observed
+from lance_edge_export.quantise import BALANCE_EXPONENTS, balance_of
 
 EightBit = Literal["int8", "fp8"]
 EIGHT_BIT: tuple[EightBit, ...] = get_args(EightBit)

@@ -14,26 +14,21 @@ the largest sum, 255 * 128, fits, and every CPU computes the same integers.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import NodeProto
 
-from lance_edge.errors import ExportError
-from lance_edge.screener import pad
-from lance_edge.tokenizer import Window
-from lance_edge_engines import Session, open_session
-from lance_edge_export.graph import FLOAT, Graph, contributed, node
+from lance_edge_export.graph import FLOAT, PRODUCT, Graph, attribute, contributed, node
+from lance_edge_export.layers import Feed, layers_by_source, observed
 
-T = TypeVar("T")
-Feed = Mapping[str, npt.NDArray[Any]]
+# How the tensors between an input and its product end; `float_screener` reads them.
+BALANCED, LEVELS, COLUMNS = "/balanced", "/levels", "/columns"
 
-PRODUCT = "MatMulIntegerToFloat"
 WEIGHT_LEVELS = 127  # 8 bits, symmetric; tables too
 PAIR_LEVELS = 128  # of two neighbouring weights of a column together
 ACTIVATION_LEVELS = 255  # 8 bits, unsigned, around a zero point
@@ -42,9 +37,6 @@ ZERO_POINTS = (128, 96, 64, 32, 16)
 ONE = np.array(1, dtype=np.float32)
 SMALLEST_SCALE = np.array(1e-12, dtype=np.float32)  # an all-zero row has no scale of its own
 
-# Narrower layers (the heads) stay in fp32: they cost nothing and decide everything.
-MIN_COLUMNS = 64
-
 # How much of the range of a layer's inputs a fixed scale covers; what lies beyond is cut off.
 COVERED = (1.0, 0.9, 0.8, 0.7, 0.6)
 FIXED_MAY_COST = 2.0  # times the error of one scale a row
@@ -52,11 +44,7 @@ FIXED_MAY_COST = 2.0  # times the error of one scale a row
 BALANCE_EXPONENTS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 HESSIAN_DAMPING = 0.01
 HESSIAN_BLOCK = 128
-CALIBRATION_PROMPTS = 256  # whose activations are looked at; no labels are used
-REPORTED_PROMPTS = 16  # on which the layers' errors are measured
-WORST = 5  # layers that are named
 COMPARED_ROWS = 512  # of a layer's inputs, on which schemes are compared
-OBSERVED_AT_ONCE = 4  # tensors whose values are held together
 
 
 def int8_products(
@@ -94,96 +82,6 @@ def int8_products(
             replacements[candidate.output[0]] = _integer_gather(candidate, graph)
     graph.replace(replacements)
     return graph.finish()
-
-
-def linear_layers(model: onnx.ModelProto) -> dict[str, NodeProto]:
-    """The wide linear layers by the names of their outputs, in the graph's order."""
-    graph = Graph(model)
-    return {node.output[0]: node for node in graph.nodes if _is_linear(node, graph)}
-
-
-def checked_layers(model: onnx.ModelProto, kept: Collection[str]) -> dict[str, NodeProto]:
-    """The same; raises ExportError if there is no layer of a name in `kept`."""
-    layers = linear_layers(model)
-    if unknown := sorted(set(kept) - set(layers)):
-        raise ExportError(
-            f"there is no layer {unknown[0]!r} to keep; there are {', '.join(layers)}"
-        )
-    return layers
-
-
-def layers_by_source(model: onnx.ModelProto, kept: Collection[str]) -> dict[str, list[NodeProto]]:
-    """The wide linear layers but for those in `kept`, by the tensor that they read.
-
-    Raises ExportError if there is no layer of a name in `kept`.
-    """
-    sources: dict[str, list[NodeProto]] = defaultdict(list)
-    for name, layer in checked_layers(model, kept).items():
-        if name not in kept:
-            sources[layer.input[0]].append(layer)
-    return sources
-
-
-def spread(items: Sequence[T], count: int) -> Sequence[T]:
-    """So many of the items at most, from all over them."""
-    return items[:: max(1, len(items) // count)][:count]
-
-
-def calibration_feeds(prompts: Sequence[Sequence[Window]]) -> list[Feed]:
-    """The first windows of prompts spread over all that are given, as inputs."""
-    chosen = spread(prompts, CALIBRATION_PROMPTS)
-    return [pad([windows[0]], len(windows[0].ids)) for windows in chosen]
-
-
-def layer_errors(
-    before: onnx.ModelProto, after: onnx.ModelProto, feeds: Sequence[Feed]
-) -> dict[str, float]:
-    """How far each linear layer's output moved, relative to its size; the worst first.
-
-    sqrt(sum (y' - y)^2 / sum y^2) over all feeds, the errors of the layers before it included
-    """
-    names = list(linear_layers(before))
-    moved, size = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
-    sessions = [watching(model, names) for model in (before, after)]
-    for feed in feeds:
-        wanted, found = (session.run(feed) for session in sessions)
-        for name in names:
-            expected = wanted[name].astype(np.float64)
-            moved[name] += float(np.square(found[name] - expected).sum())
-            size[name] += float(np.square(expected).sum())
-    for session in sessions:
-        session.close()
-    errors = {name: (moved[name] / size[name]) ** 0.5 for name in names}
-    return dict(sorted(errors.items(), key=lambda item: -item[1]))
-
-
-def observed(
-    model: onnx.ModelProto, names: Sequence[str], feeds: Sequence[Feed]
-) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
-    """Some tensors in turn, with their values over all feeds, as rows  [rows, K]
-
-    The feeds are read once for every few tensors: the values of all would fill the memory.
-    """
-    for start in range(0, len(names), OBSERVED_AT_ONCE):
-        some = names[start : start + OBSERVED_AT_ONCE]
-        session = watching(model, some)
-        seen: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in some}
-        for feed in feeds:
-            outputs = session.run(feed)
-            for name in some:
-                seen[name].append(outputs[name].reshape(-1, outputs[name].shape[-1]))
-        session.close()
-        for name in some:
-            yield name, np.concatenate(seen.pop(name))
-
-
-def watching(model: onnx.ModelProto, names: Sequence[str]) -> Session:
-    """A session on the CPU whose outputs are these tensors too."""
-    watched = onnx.ModelProto()
-    watched.CopyFrom(model)
-    # Without a type: the runtime infers it.
-    watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    return open_session(watched.SerializeToString(), "cpu")
 
 
 @dataclass(frozen=True)
@@ -359,14 +257,9 @@ def _rounded_columns(weight: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]
     return result
 
 
-def _is_linear(candidate: NodeProto, graph: Graph) -> bool:
-    weight = graph.constants.get(candidate.input[1]) if candidate.op_type == "MatMul" else None
-    return weight is not None and weight.ndim == 2 and weight.shape[1] >= MIN_COLUMNS
-
-
 def _is_embedding(candidate: NodeProto, graph: Graph) -> bool:
     table = graph.constants.get(candidate.input[0]) if candidate.op_type == "Gather" else None
-    axis = next((a.i for a in candidate.attribute if a.name == "axis"), 0)
+    axis = attribute(candidate, "axis", 0)
     return table is not None and axis == 0 and table.ndim == 2 and table.dtype == np.float32
 
 
@@ -375,7 +268,7 @@ def _quantise_input(source: str, scheme: Scheme, graph: Graph) -> list[NodeProto
     constant = graph.constant
     balanced, steps = source, []
     if (scheme.balance != 1).any():
-        balanced = f"{source}/balanced"
+        balanced = f"{source}{BALANCED}"
         factors = constant(f"{source}/balance", (1 / scheme.balance).astype(np.float32))
         steps = [node("Mul", [source, factors], balanced)]
     zero = _zero(scheme.zero_point, graph)
@@ -403,10 +296,10 @@ def _quantise_input(source: str, scheme: Scheme, graph: Graph) -> list[NodeProto
             ],
             f"{source}/scale",
         ),
-        node("Div", [balanced, f"{source}/scale"], f"{source}/levels"),
+        node("Div", [balanced, f"{source}/scale"], f"{source}{LEVELS}"),
         node(
             "QuantizeLinear",
-            [f"{source}/levels", constant("int8/one", ONE), zero],
+            [f"{source}{LEVELS}", constant("int8/one", ONE), zero],
             f"{source}/int8",
         ),
     ]
@@ -430,8 +323,8 @@ def _integer_matmul(
     if scheme.scale is not None:
         return [contributed(PRODUCT, [f"{source}/int8", *parts], output)]
     return [
-        contributed(PRODUCT, [f"{source}/int8", *parts], f"{output}/columns"),
-        node("Mul", [f"{output}/columns", f"{source}/scale"], output),
+        contributed(PRODUCT, [f"{source}/int8", *parts], f"{output}{COLUMNS}"),
+        node("Mul", [f"{output}{COLUMNS}", f"{source}/scale"], output),
     ]
 
 

@@ -20,19 +20,19 @@ from lance_edge_export.checkpoint import Checkpoint
 from lance_edge_export.fused import fuse
 from lance_edge_export.fusion import fusion
 from lance_edge_export.half import half_products
-from lance_edge_export.optimise import merge_projections
-from lance_edge_export.pack import write_bundle
-from lance_edge_export.parity import BOUNDS, compare, gate, severities
-from lance_edge_export.quantise import (
+from lance_edge_export.layers import (
     CALIBRATION_PROMPTS,
     REPORTED_PROMPTS,
     WORST,
     Feed,
-    calibration_feeds,
-    int8_products,
+    first_windows,
     layer_errors,
-    spread,
+    set_apart,
 )
+from lance_edge_export.optimise import merge_projections
+from lance_edge_export.pack import write_bundle
+from lance_edge_export.parity import BOUNDS, compare, gate, severities
+from lance_edge_export.quantise import int8_products
 from lance_edge_export.to_onnx import export_screener
 from lance_edge_training.evaluate import network_session
 
@@ -71,17 +71,16 @@ def export_bundle(
     """
     tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.window, checkpoint.overlap)
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
-    feeds = calibration_feeds(encoded)
+    # The scales fit the prompts that they were chosen on; others judge them, where there are others.
+    chosen, others = set_apart(encoded, CALIBRATION_PROMPTS)
+    feeds = first_windows(chosen)
     plain = export_screener(checkpoint.network, checkpoint.window)
     stages = {"fp32": fuse(merge_projections(plain))}
     if wishes.precision == "int8":
         stages["int8"] = int8_products(stages["fp32"], feeds, wishes.keep_fp32)
     if wishes.precision == "fp16":
         stages["fp16"] = half_products(stages["fp32"], wishes.keep_fp32)
-    # The scales fit the prompts that they were chosen on; others judge them, where there are others.
-    used = {id(windows) for windows in spread(encoded, CALIBRATION_PROMPTS)}
-    others = [windows for windows in encoded if id(windows) not in used] or encoded
-    parity = compare_stages(checkpoint, stages, others, feeds[:REPORTED_PROMPTS], tell)
+    parity = compare_stages(checkpoint, stages, others or encoded, feeds[:REPORTED_PROMPTS], tell)
     graph = stages[wishes.precision]
     spec = ScreenerSpec(
         "screener.onnx",

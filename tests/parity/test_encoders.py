@@ -35,9 +35,11 @@ from lance_edge_export.checkpoint import (
 )
 from lance_edge_export.fused import ATTENTION, NORM, fuse, unfuse
 from lance_edge_export.fusion import fusion
+from lance_edge_export.graph import PRODUCT
 from lance_edge_export.half import half_products
+from lance_edge_export.layers import layer_errors, linear_layers
 from lance_edge_export.optimise import merge_projections
-from lance_edge_export.quantise import PRODUCT, int8_products, layer_errors, linear_layers
+from lance_edge_export.quantise import int8_products
 from lance_edge_export.screener import with_taxonomy
 from lance_edge_export.to_onnx import export_screener
 from lance_edge_training.checkpoint import new_screener, save_screener

@@ -33,10 +33,10 @@ from lance_edge_engines import open_session
 from lance_edge_export import cli as export
 from lance_edge_export import pack
 from lance_edge_export import screener as flow
+from lance_edge_export.graph import PRODUCT
 from lance_edge_export.optimise import merge_projections
 from lance_edge_export.parity import BOUNDS, Bounds, Parity, compare, gate
 from lance_edge_export.quantise import (
-    PRODUCT,
     Scheme,
     choose_scheme,
     column_scales,

@@ -127,6 +127,16 @@ def test_the_default_screener_in_8_bits(form: EightBit, prompts: list[str], tmp_
     assert graph.path.stat().st_size < 36e6  # products in 8 bits, tables in fp16
 
 
+def test_others_judge_the_scales_than_those_they_were_chosen_on(
+    prompts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_graphs, "CALIBRATION_PROMPTS", 10)
+    monkeypatch.setattr(plan_graphs, "FIXED_SCALES", Bounds(1.0, 1.0, 1.0))  # 10 are too few
+    bundle = open_bundle(lance_edge.default_bundle())
+    graph = write_graph(bundle, "screener", "int8", tmp_path, EightBits(prompts))
+    assert graph.parity is not None and graph.parity.prompts == len(prompts) - 10
+
+
 def test_8_bits_that_change_too_much_fail(
     prompts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
