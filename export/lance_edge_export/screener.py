@@ -140,19 +140,20 @@ def compare_stages(
         tell(f"{stage}: {parity[stage]}")
         tell(f"{stage}: {merged.after} nodes once loaded; fused: {counted(merged.fused)}")
         tell(f"{stage}: left as they are: {counted(merged.left)}")
-        worst = ""
+        worst: list[str] = []
         if stage != "fp32":
             errors = layer_errors(stages["fp32"], graph, feeds)
             parity[stage]["worst_layers"] = dict(list(errors.items())[:WORST])
-            worst = ", ".join(f"{name} ({error:.3f})" for name, error in errors.items())
-            tell(f"{stage}: relative error of its layers: {worst}")
+            worst = [f"{name} ({error:.3f})" for name, error in errors.items()]
+            tell(f"{stage}: relative error of its layers: {', '.join(worst)}")
         try:
             gate(stage, figures, BOUNDS[stage])
         except ParityError as error:
             if not worst:
                 raise
+            named = ", ".join(worst[:WORST])
             raise ParityError(
-                f"{error}; the layers that moved most: {worst[:200]}; --keep-fp32 LAYER keeps one"
+                f"{error}; the layers that moved most: {named}; --keep-fp32 LAYER keeps one"
             ) from error
         before = after
     return parity
