@@ -58,7 +58,7 @@ class PlanEntry:
     file, sha256, bytes  where it lies, in the record's folder
     graph_sha256  of the ONNX file that was parsed
     sources       what it was made from: file -> SHA-256, as in the bundle's manifest
-    precision     of its products: fp32, fp16, int8 or fp8
+    precision     of its products: fp32, fp16, int8 or fp8; an int8 refiner has int8 weights alone
     parity        what 8 bits change; None for floating point
     targets       compute capabilities it runs on, as in sm_86; empty for all that the runtime knows
     gpu           the GPU it was built on and for; None if it was built without one

@@ -5,12 +5,15 @@ Inputs, outputs and names are those of `decoder_graph`, so one runtime drives bo
 - products are floating point: TensorRT has no integer product with one scale a row;
 - the cache is written with ScatterND, and attention masks by absolute position, so that several new
   tokens a step and a lowered `past` work;
-- the gated activations are not rotated: nothing rounds them to 8 bits. Their weights are turned back.
+- with floating point weights the gated activations are not rotated: nothing is rounded to 8 bits. Their
+  weights are turned back.
 
-In fp16, the layers' weights, the cache and the inputs of products are fp16. Sums along the residual
-stream, norms, rotary positions, softmax and the second look stay in fp32. So does the embedding, which
-gives the logits too: fp16 has 11 bits, and close ones of 49,152 would round to one number. (With the
-embedding in fp16 and a cast before the product, a plan holds it twice: rtx 1.7.1 folds the cast.)
+In fp16 and int8, the cache and the inputs of products are fp16. In fp16 so are the layers' weights; in int8,
+they stay the bundle's integers, which become fp16 where a product reads them: a step of a few tokens takes
+as long as reading the weights does. Sums along the residual stream, norms, rotary positions, softmax and the
+second look stay in fp32. So do the logits: fp16 has 11 bits, and close ones of 49,152 would round to one
+number. (With an fp16 embedding and a cast before the product, a plan holds it twice: rtx 1.7.1 folds the
+cast.)
 """
 
 from __future__ import annotations
@@ -36,26 +39,33 @@ from lance_edge_export.decoder_graph import Builder, assemble
 from lance_edge_export.graph import FLOAT, HALF
 
 FloatPrecision = Literal["fp32", "fp16"]
+PlainPrecision = Literal["fp32", "fp16", "int8"]  # of the weights
 
+# The embedding once more, by tokens and in fp16: TensorRT takes integers as weights of products alone.
+LOOKUP = "embedding.lookup"
 HIDDEN = -1e9  # added to the scores of positions that a token may not see
 
 
 def plain_decoder_graph(
-    shape: LlamaShape, categories: int, precision: FloatPrecision, context: int
+    shape: LlamaShape, categories: int, precision: PlainPrecision, context: int
 ) -> onnx.ModelProto:
     """The graph without its weights: they are named as external data of a file in `plain_layout`."""
     entries = plain_layout(shape, categories, precision)
     return assemble(PlainBuilder(shape, precision, context), entries, categories)
 
 
-def plain_layout(shape: LlamaShape, categories: int, precision: FloatPrecision) -> list[Entry]:
+def plain_layout(shape: LlamaShape, categories: int, precision: PlainPrecision) -> list[Entry]:
     """The arrays of the graph's weights file in order; the layers' matrices are in the precision."""
-    of_layers = _layers(shape)
+    halves = set() if precision == "fp32" else _layers(shape)
+    if precision == "int8":
+        halves = {f"{name}.scale" for name in halves}
+    wanted = layout(shape, categories, "int8" if precision == "int8" else "fp32")
+    if precision == "int8":
+        wanted.append(Entry(LOOKUP, np.dtype("f2"), (shape.vocabulary, shape.hidden), 0))
     entries: list[Entry] = []
     end = 0
-    for entry in layout(shape, categories, "fp32"):
-        half = precision == "fp16" and entry.name in of_layers
-        dtype = np.dtype("f2") if half else entry.dtype
+    for entry in wanted:
+        dtype = np.dtype("f2") if entry.name in halves else entry.dtype
         made = Entry(entry.name, dtype, entry.shape, -(-end // ALIGNMENT) * ALIGNMENT)
         entries.append(made)
         end = made.offset + made.bytes
@@ -67,27 +77,36 @@ def plain_weights(
 ) -> Iterator[tuple[str, Array]]:
     """The arrays that `entries` name, made one by one.
 
-    weights  those of a pulled weights file, in int8 with scales or in fp32
+    weights  those of a pulled weights file, in int8 with scales or in fp32; for int8, in int8
     """
     for entry in entries:
-        array = weights[entry.name]
-        if f"{entry.name}.scale" in weights:
-            array = array.astype(np.float32) * weights[f"{entry.name}.scale"]
-        if entry.name.endswith(".down"):
-            array = rotate_blocks(array, gate_block(shape), 0)  # its own inverse
-        yield entry.name, array.astype(entry.dtype)
+        if entry.name == LOOKUP:
+            array = _floats("embedding", weights).T
+        elif entry.dtype == np.int8:
+            array = weights[entry.name]
+        else:
+            array = _floats(entry.name, weights)
+            if entry.name.endswith(".down"):
+                array = rotate_blocks(array, gate_block(shape), 0)  # its own inverse
+        yield entry.name, np.ascontiguousarray(array, entry.dtype)
 
 
 class PlainBuilder(Builder):
     """Adds the same parts in standard operators."""
 
-    domains = (("", 18),)  # the first that has all of them: old parsers read old opsets
-    ir_version = 8
-
-    def __init__(self, shape: LlamaShape, precision: FloatPrecision, context: int) -> None:
+    def __init__(self, shape: LlamaShape, precision: PlainPrecision, context: int) -> None:
         super().__init__(shape, "fp32", context)
-        self.half = precision == "fp16"
+        self.integers, self.half = precision == "int8", precision != "fp32"
         self.cache_type = HALF if self.half else FLOAT
+        # The first opsets that have all operators, and integers that become fp16: old parsers read those.
+        self.domains = (("", 19 if self.integers else 18),)
+        self.ir_version = 9 if self.integers else 8
+
+    def embed(self, ids: str) -> str:
+        if not self.integers:
+            return super().embed(ids)
+        self.add("Gather", [LOOKUP, ids], "embed.half")  # [1, T, H]
+        return self.turn(self.add("Cast", ["embed.half"], "embed.rows", to=FLOAT), "enter", "embed")
 
     def positions(self) -> None:
         """Rotary rows, where to write, and what each new token may see; shared by all layers."""
@@ -141,9 +160,16 @@ class PlainBuilder(Builder):
 
     def product(self, weight: str, x: str, middle: str = "") -> str:
         """x @ weight, in the graph's precision, logits in fp32; the result is fp32."""
+        matrix = self.matrix(weight)
         if weight == "embedding":
-            return self.add("MatMul", [x, weight], f"{weight}.out")
-        return self.multiply(x, weight, f"{weight}.out")
+            return self.add("MatMul", [x, matrix], f"{weight}.out")
+        return self.multiply(x, matrix, f"{weight}.out")
+
+    def matrix(self, weight: str) -> str:
+        """A matrix in floating point: in the type of its scales, if it is of integers."""
+        if not self.integers:
+            return weight
+        return self.add("DequantizeLinear", [weight, f"{weight}.scale"], f"{weight}.float", axis=1)
 
     def attention(self, index: int, qkv: str) -> str:
         name, shape = f"{index}.", self.shape
@@ -192,7 +218,7 @@ class PlainBuilder(Builder):
         )
 
     def rotate_gated(self, x: str) -> str:
-        return x
+        return super().rotate_gated(x) if self.integers else x
 
     def multiply(self, x: str, y: str, output: str) -> str:
         """x @ y in the graph's precision; x and the result are fp32."""
@@ -208,6 +234,12 @@ class PlainBuilder(Builder):
     def split(self, inputs: list[str], outputs: list[str]) -> None:
         """Parts along the heads' axis."""
         self.nodes.append(onnx.helper.make_node("Split", inputs, outputs, axis=1))
+
+
+def _floats(name: str, weights: Mapping[str, Array]) -> Array:
+    """An array in floating point, whether it is stored in int8 or not."""
+    scale = weights.get(f"{name}.scale")
+    return weights[name] if scale is None else weights[name].astype(np.float32) * scale
 
 
 def _layers(shape: LlamaShape) -> set[str]:

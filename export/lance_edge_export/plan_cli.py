@@ -40,7 +40,7 @@ def plan(
     precision: Annotated[
         PlanPrecision,
         typer.Option(
-            help="Of products; int8 and fp8 are the screener's, the refiner is fp16 then."
+            help="Of products; the refiner has fp16 ones, of int8 weights, with int8, and fp16 with fp8."
         ),
     ] = "fp16",
     only: Annotated[

@@ -32,7 +32,7 @@ from lance_edge_export.layers import (
 )
 from lance_edge_export.parity import FIXED_SCALES, compare, gate, severities
 from lance_edge_export.plain_decoder import (
-    FloatPrecision,
+    PlainPrecision,
     plain_decoder_graph,
     plain_layout,
     plain_weights,
@@ -102,13 +102,13 @@ def write_graph(
 ) -> PlanGraph:
     """Write one graph of a bundle into a folder.
 
-    eight_bits  what int8 and fp8 need. Only the screener has these; the refiner is fp16 then
+    eight_bits  what the screener needs for int8 and fp8
 
     Raises ExportError if the bundle has no such part, RefinerMissing if it was never pulled,
     ParityError if 8 bits change more than they may.
     """
     if part == "refiner":
-        return write_refiner(bundle, "fp32" if precision == "fp32" else "fp16", folder)
+        return write_refiner(bundle, "fp16" if precision == "fp8" else precision, folder)
     return write_screener(bundle, precision, folder, eight_bits)
 
 
@@ -175,9 +175,17 @@ def severities_of(
         session.close()
 
 
-def write_refiner(bundle: Bundle, precision: FloatPrecision, folder: Path) -> PlanGraph:
-    """The decoder in standard operators, and its weights in a file of their own."""
+def write_refiner(bundle: Bundle, precision: PlainPrecision, folder: Path) -> PlanGraph:
+    """The decoder in standard operators, and its weights in a file of their own.
+
+    In int8 the weights are the bundle's integers, and products are fp16: it needs no scales of inputs.
+    """
     spec = refiner_spec(bundle)
+    if precision == "int8" and spec.precision != "int8":
+        raise ExportError(
+            f"the refiner of {bundle.path} has {spec.precision} weights, and an int8 plan is made of int8 "
+            "ones; build its plan with --only refiner --precision fp16"
+        )
     categories = len(bundle.categories)
     entries = plain_layout(spec.shape, categories, precision)
     weights = open_weights(bundle, spec)

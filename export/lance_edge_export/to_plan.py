@@ -39,7 +39,7 @@ Report = Callable[[str, float], None]  # what is being done, and which share of 
 class PlanOptions:
     """How plans are built.
 
-    precision      of the screener's products; a refiner is fp16 where the screener has 8 bits
+    precision      of products. With int8 a refiner has int8 weights and fp16 products, with fp8 fp16 ones
     targets        compute capabilities, as in sm_86, that rtx plans run on; none for all it knows
     gpu            number of the GPU to build on
     workspace_mib  memory for trying kernels; None for half of what the GPU has free, 1 GiB at most
@@ -97,10 +97,10 @@ def build_plans(
     """
     if out.exists():
         raise InvalidOption(f"{out} exists; name another folder, or remove it first")
-    if options.precision in EIGHT_BIT and "screener" not in parts:
+    if options.precision == "fp8" and "screener" not in parts:
         raise InvalidOption(
-            f"{options.precision} is for the screener, and only the refiner's plan was asked for; "
-            "build that in fp16"
+            "fp8 is for the screener, and only the refiner's plan was asked for; build that in fp16 "
+            "or int8"
         )
     check_targets(options)
     with whole(out) as folder:

@@ -16,10 +16,11 @@ import lance_edge
 from lance_edge.bundle import open_bundle
 from lance_edge.errors import ExportError
 from lance_edge.graphs import Part
+from lance_edge.weights import matrix_sizes
 from lance_edge_engines.cuda import Gpu
 from lance_edge_engines.plan_record import Profile, check_plan, read_record
 from lance_edge_export.build_plan import Built, known_targets
-from lance_edge_export.plain_decoder import FloatPrecision
+from lance_edge_export.plain_decoder import PlainPrecision
 from lance_edge_export.plan_graphs import EightBits, PlanGraph, write_graph
 from lance_edge_export.qdq import EIGHT_BIT, EightBit, eight_bit_products
 from lance_edge_export.to_plan import PlanOptions, build_part, build_plans, job_of, run_build
@@ -81,10 +82,24 @@ def test_fp32_has_no_halves(refining: Path, tmp_path: Path, part: Part) -> None:
     assert "HALF" not in built.network["types"]
 
 
-def build(bundle: Path, part: Part, precision: FloatPrecision, folder: Path) -> Built:
-    options = PlanOptions("rtx", precision, targets=("sm_86",))
+def test_a_refiner_with_int8_weights(refining: Path, tmp_path: Path) -> None:
+    """The plan keeps the integers: it does not fold them into fp16."""
+    halves, integers = tmp_path / "fp16", tmp_path / "int8"
+    for folder in (halves, integers):
+        folder.mkdir()
+    build(refining, "refiner", "fp16", halves)
+    built = build(refining, "refiner", "int8", integers)
+    assert built.network is not None
+    assert built.network["kinds"]["DEQUANTIZE"] == 4 * tiny_refiner.SHAPE.layers + 1
+    shape = tiny_refiner.SHAPE
+    numbers = shape.layers * sum(rows * columns for rows, columns in matrix_sizes(shape).values())
+    sizes = [(folder / "x.plan").stat().st_size for folder in (halves, integers)]
+    assert sizes[0] - sizes[1] > 0.9 * numbers  # a byte instead of two
+
+
+def build(bundle: Path, part: Part, precision: PlainPrecision, folder: Path) -> Built:
     graph = write_graph(open_bundle(bundle), part, precision, folder)
-    return run_build(job_of(graph, folder / "x.plan", options), silent)
+    return run_build(job_of(graph, folder / "x.plan", OPTIONS), silent)
 
 
 @pytest.mark.parametrize("form", EIGHT_BIT)
@@ -151,6 +166,9 @@ def test_the_parts_of_the_api_that_the_fake_has_are_there() -> None:
         "Tensor": "ITensor",
         "Builder": "Builder",
         "Runtime": "Runtime",
+        "Refitter": "Refitter",
+        "ParserRefitter": "OnnxParserRefitter",
+        "SerializationConfig": "ISerializationConfig",
     }
     ours = {"module", "log", "model", "tell", "profiles", "array", "targets", "workspace"}
     for stand_in, name in real.items():
@@ -161,7 +179,14 @@ def test_the_parts_of_the_api_that_the_fake_has_are_there() -> None:
             m for m in methods if not m.startswith("_") and not hasattr(getattr(trt, name), m)
         ]
         assert set(missing) <= ours, name
-    for name in ("BuilderFlag", "TensorIOMode", "TensorLocation", "ProfilingVerbosity", "DataType"):
+    for name in (
+        "BuilderFlag",
+        "TensorIOMode",
+        "TensorLocation",
+        "ProfilingVerbosity",
+        "DataType",
+        "SerializationFlag",
+    ):
         for member in getattr(fake, name).__members__:
             known = hasattr(getattr(trt, name), member)
             assert known or (name, member) == ("TensorIOMode", "NONE"), (name, member)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,7 +29,7 @@ from lance_edge_engines import open_session
 from lance_edge_export.decoder_graph import decoder_graph
 from lance_edge_export.float_screener import float_products, float_screener
 from lance_edge_export.plain_decoder import (
-    FloatPrecision,
+    PlainPrecision,
     plain_decoder_graph,
     plain_layout,
     plain_weights,
@@ -38,6 +39,7 @@ from lance_edge_export.plan_graphs import (
     refiner_profiles,
     refiner_spec,
     screener_profiles,
+    write_refiner,
 )
 from lance_edge_export.quantise import int8_products
 
@@ -140,13 +142,30 @@ def weights_of(precision: Precision) -> dict[str, Array]:
 
 
 @cache
-def plain(precision: FloatPrecision, stored: Precision = "int8") -> Decoder:
+def plain(precision: PlainPrecision, stored: Precision = "int8") -> Decoder:
     """The tiny refiner in the form that plans are built from."""
-    graph = plain_decoder_graph(SHAPE, CATEGORIES, precision, tiny_refiner.CONTEXT)
+    graph = spelled_out(plain_decoder_graph(SHAPE, CATEGORIES, precision, tiny_refiner.CONTEXT))
     entries = plain_layout(SHAPE, CATEGORIES, precision)
     weights = dict(plain_weights(weights_of(stored), SHAPE, entries))
     session = open_session(graph.SerializeToString(), "cpu", threads=1, weights=weights)
     return with_prefix(session)
+
+
+def spelled_out(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """DequantizeLinear as what it computes: ONNX Runtime would make a product of it that rounds its
+    inputs to 8 bits too, and TensorRT does not."""
+    nodes = []
+    for item in graph.graph.node:
+        if item.op_type != "DequantizeLinear":
+            nodes.append(item)
+            continue
+        (weight, scale), (output,) = item.input, item.output
+        kind = TensorProto.FLOAT if weight == "embedding" else TensorProto.FLOAT16
+        nodes.append(helper.make_node("Cast", [weight], [f"{output}.cast"], to=kind))
+        nodes.append(helper.make_node("Mul", [f"{output}.cast", scale], [output]))
+    del graph.graph.node[:]
+    graph.graph.node.extend(nodes)
+    return graph
 
 
 @cache
@@ -219,8 +238,29 @@ def test_fp16_keeps_a_half_cache_and_nearly_all_tokens() -> None:
     assert caches[1].state.read("key.0").dtype == np.float16
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_what_lies_past_the_kept_tokens_is_not_seen(precision: FloatPrecision) -> None:
+def test_int8_weights_are_those_of_fp16() -> None:
+    """The same integers, which become fp16 in the graph instead of before it."""
+    tokens, looks, caches = walk(plain("fp16"), plain("int8"))
+    assert agreement(*tokens) > 0.94  # random weights: many near ties; measured 0.97
+    assert 0 < np.abs(looks[0] - looks[1]).max() < 0.01
+    assert caches[1].state.read("key.0").dtype == np.float16
+    stored = {entry.name: entry for entry in plain_layout(SHAPE, CATEGORIES, "int8")}
+    assert stored["0.qkv"].dtype == stored["0.down"].dtype == stored["embedding"].dtype == np.int8
+    assert (stored["0.qkv.scale"].dtype, stored["embedding.scale"].dtype) == ("f2", "f4")
+    weights = weights_of("int8")
+    smallest = min(weights[f"0.{name}.scale"].min() for name in ("qkv", "o", "gate_up", "down"))
+    assert smallest > 2**-14  # where fp16 keeps all its bits
+
+
+def test_int8_weights_need_an_int8_bundle(tmp_path: Path) -> None:
+    refiner = SimpleNamespace(shape=SHAPE, precision="fp32")
+    bundle: Any = SimpleNamespace(path="here", manifest=SimpleNamespace(refiner=refiner))
+    with pytest.raises(ExportError, match=r"here has fp32 weights, .* --precision fp16"):
+        write_refiner(bundle, "int8", tmp_path)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_what_lies_past_the_kept_tokens_is_not_seen(precision: PlainPrecision) -> None:
     decoder, ids = plain(precision), [9, 8, 7, 6]
     clean, used = decoder.start(60), decoder.start(60)
     decoder.step(used, [20] * 50)
@@ -230,10 +270,10 @@ def test_what_lies_past_the_kept_tokens_is_not_seen(precision: FloatPrecision) -
     assert one.mean.tolist() == other.mean.tolist()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_only_standard_operators(precision: FloatPrecision) -> None:
+@pytest.mark.parametrize(("precision", "opset"), [("fp32", 18), ("fp16", 18), ("int8", 19)])
+def test_only_standard_operators(precision: PlainPrecision, opset: int) -> None:
     graph = plain_decoder_graph(SHAPE, CATEGORIES, precision, 64)
-    assert [(item.domain, item.version) for item in graph.opset_import] == [("", 18)]
+    assert [(item.domain, item.version) for item in graph.opset_import] == [("", opset)]
     assert {node.domain for node in graph.graph.node} == {""}
 
 

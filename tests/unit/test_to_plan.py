@@ -153,9 +153,9 @@ def test_options_that_do_not_fit(
     assert not left_in(tmp_path)
 
 
-def test_8_bits_are_the_screeners(rtx: Path, tiny_bundle: Path, tmp_path: Path) -> None:
-    options = {"precision": "int8", "eight_bits": EightBits(["hello"])}
-    with pytest.raises(InvalidOption, match="int8 is for the screener, and only the refiner's"):
+def test_fp8_is_the_screeners(rtx: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    options = {"precision": "fp8", "eight_bits": EightBits(["hello"]), "targets": ("sm_89",)}
+    with pytest.raises(InvalidOption, match="fp8 is for the screener, and only the refiner's"):
         built(tiny_bundle, tmp_path / "plans", "refiner", **options)
     assert not left_in(tmp_path)
     with pytest.raises(InvalidOption, match="there are none"):
