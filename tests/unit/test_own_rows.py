@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -14,8 +15,8 @@ pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="needs the repositor
 
 
 def read(kind: str) -> list[dict[str, Any]]:
-    lines = (FOLDER / kind / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    with gzip.open(FOLDER / kind / "train.jsonl.gz", "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +45,14 @@ def test_spans_are_in_their_prompts_and_mark_what_is_hazardous(rows: list[dict[s
 
 
 def test_nearly_every_contrast_group_has_both_sides(rows: list[dict[str, Any]]) -> None:
-    """Four lost a twin that was near to a held-out prompt. A repair needs none."""
+    """Some lost a twin that was near to a held-out prompt. A repair needs none."""
     sides = defaultdict(set)
     for row in rows:
         if row["id"].startswith(("repair-", "thorough-")):
             continue
         sides[row["group"]].add(row["kind"] == "hard_benign")
     alone = [group for group, found in sides.items() if len(found) < 2]
-    assert len(alone) <= 4, alone
+    assert len(alone) < 0.01 * len(sides), alone
 
 
 def test_pairs_turn_their_spans_and_keep_the_rest() -> None:
