@@ -26,7 +26,7 @@ from lance_edge.errors import InputError, InvalidOption, InvalidPrompt, LanceErr
 from lance_edge.inputs import InputFormat, Item, read_items
 from lance_edge.pipeline import MAX_CHARS, Looks, Pipeline, Prompt, load
 from lance_edge.policy import ALL
-from lance_edge.report import OutputFormat, Progress, Report, Steps, complain, printable
+from lance_edge.report import OutputFormat, Progress, Report, Steps, complain, discard, printable
 from lance_edge.verdict import Verdict
 from lance_edge_engines import SessionError, available_devices
 
@@ -78,7 +78,8 @@ def tool(name: str) -> typer.Typer:
 app = typer.Typer(
     cls=Commands,
     help="Screen prompts on this machine, and repair those that can be.",
-    epilog="Exit codes: 0 nothing flagged, 1 something flagged, 2 wrong usage, 3 something could not be screened.",
+    epilog="Exit codes: 0 nothing flagged, 1 something flagged, 2 wrong usage, "
+    "3 something could not be screened, 130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -153,6 +154,11 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress an
 
 def main() -> None:
     """The `lance-edge` command."""
+    if sys.stderr is None:  # closed by who started us; what is opened next would take its place
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    if sys.stdout is None:
+        complain("standard output is closed, so no result can be written")
+        raise SystemExit(FAILED)
     if hasattr(signal, "SIGPIPE"):  # end quietly when the reader of a pipe has had enough
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character gets its escape
@@ -183,9 +189,9 @@ def exits(command: Callable[..., int]) -> Callable[..., None]:
         except OSError as error:
             named = f" {error.filename}" if error.filename else ""
             complain(f"reading or writing{named} failed: {error.strerror or error}")
-            _discard_output()
+            discard(sys.stdout)
             code = FAILED
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, typer.Abort):  # Abort: at a question
             complain("interrupted")
             code = INTERRUPTED
         except Exception:  # a bug of ours must not end with 1, which says "flagged"
@@ -195,15 +201,6 @@ def exits(command: Callable[..., int]) -> Callable[..., None]:
         raise typer.Exit(code)
 
     return run
-
-
-def _discard_output() -> None:
-    """What is still in the buffer cannot be written; the interpreter would try again, and exit with 120."""
-    try:
-        descriptor = sys.stdout.fileno()
-    except OSError:  # a stand-in without a file, as in tests
-        return
-    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 @app.command()
@@ -541,7 +538,7 @@ def read_policy(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        rules = json.loads(path.read_text(encoding="utf-8"))
+        rules = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InvalidOption(f"--policy {path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

@@ -20,10 +20,20 @@ Sessions raise `lance_edge_engines.DeviceUnavailable` and `SessionError`.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 
 class LanceError(Exception):
-    """Base of every error that lance_edge raises on purpose."""
+    """Base of every error that lance_edge raises on purpose. They can be pickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (type(self), self.args)  # some are made of other arguments than they hold
+
+
+def _again(kind: type[LanceError], args: tuple[Any, ...]) -> LanceError:
+    error = kind.__new__(kind)
+    error.args = args
+    return error
 
 
 class InvalidPrompt(LanceError, ValueError):

@@ -119,6 +119,8 @@ def _read(source: str | list[Path] | None, field: str, input_format: InputFormat
         yield Item(None, None, source)
         return
     if source is None:
+        if sys.stdin is None:
+            raise InputError("standard input is closed; name a file, or give the prompt itself")
         piped: InputFormat = "lines" if input_format == "auto" else input_format
         yield from read_stream(sys.stdin.buffer, "-", field, piped)
         return
@@ -165,16 +167,16 @@ def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
                 pass
             yield number, None
             continue
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        yield number, line.rstrip(b"\r\n")
+        # A mark of UTF-8 begins a file, and lines within files that were put together.
+        yield number, line.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n")
 
 
 def _text_item(line: bytes, source: str, number: int) -> Item:
     if not line.strip():
         return Item(source, number, blank=True)
     try:
-        return Item(source, number, line.decode("utf-8"))
+        text = line.decode("utf-8")
+        return Item(source, number, blank=True) if text.isspace() else Item(source, number, text)
     except UnicodeDecodeError as error:
         return Item(source, number, error=f"the line is not valid UTF-8 (byte {error.start + 1})")
 

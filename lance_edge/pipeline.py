@@ -20,7 +20,7 @@ from lance_edge.errors import BundleError, InvalidOption, InvalidPrompt, LanceEr
 from lance_edge.gradient import critique, gradients, widened
 from lance_edge.graphs import Graphs, open_graphs
 from lance_edge.language import LanguageTokenizer
-from lance_edge.policy import Policy, policy
+from lance_edge.policy import Policy, check_whole, policy
 from lance_edge.refiner import Reading, Refiner, Rewrite
 from lance_edge.repair import diff, repair
 from lance_edge.screener import FloatArray, Labels, Screener, both_looks
@@ -121,7 +121,8 @@ class Pipeline:
         return self.judge([self.encode(text)])[0]
 
     def screen_many(self, texts: Iterable[str]) -> list[Verdict]:
-        """The verdicts on several prompts, in order; each is what `screen` says of it alone.
+        """The verdicts on several prompts, in order; each is what `screen` says of it alone, but for
+        the order of sums.
 
         Raises InvalidPrompt, which names the prompt's index, before any of them is screened.
         To go on with the others, `encode` each prompt yourself and `judge` those that pass.
@@ -178,6 +179,8 @@ class Pipeline:
         self.close()
 
     def _encode_all(self, texts: Iterable[str]) -> list[Prompt]:
+        if isinstance(texts, str):
+            raise InvalidPrompt("one text was given and a list of texts was expected")
         prompts = []
         for index, text in enumerate(texts):
             try:
@@ -236,14 +239,14 @@ class Pipeline:
             if not refiner.fits(text):
                 raise InvalidPrompt(f"it has more than {refiner.prompt_tokens} tokens")
             current = self._look_again(self._first_looks([self.encode(text)])[0])
-            return self._verdict(current).gradients
+            return self._to_change(self._verdict(current))
 
         started = time.perf_counter()
         templates = self.templates
         assert templates is not None  # `open_bundle` sees to it where there is a refiner
         done = repair(
             prompt,
-            verdict.gradients,
+            self._to_change(verdict),
             compose=lambda found: critique(found, refiner.tokenizer.count, templates),
             rewrite=rewrite,
             judge=judge,
@@ -264,6 +267,10 @@ class Pipeline:
             timings=replace(verdict.timings, refine_ms=refine_ms),
         )
 
+    def _to_change(self, verdict: Verdict) -> tuple[Gradient, ...]:
+        """The gradients of categories that the policy does not let pass."""
+        return tuple(item for item in verdict.gradients if self.policy.stops(item.category))
+
     def _verdict(self, judged: Judged) -> Verdict:
         prompt, labels, names = judged.prompt, judged.labels, self.policy.categories
         flagged = self.policy.flagged(labels.severity)
@@ -277,7 +284,7 @@ class Pipeline:
             severity=_by_name(names, labels.severity),
             deviation=_by_name(names, labels.deviation),
             distribution=_by_name(("none", *names), labels.distribution),
-            spans=hazard_spans(labels.windows, self.policy.thresholds, names),
+            spans=hazard_spans(labels.windows, flagged, self.policy.thresholds, names),
             gradients=found,
             look=1 if reading is None else 2,
             tokens=sum(len(window.ids) for window in prompt.windows),
@@ -324,8 +331,9 @@ def load(
     lance_edge_engines.DeviceUnavailable, SessionError for plans that do not fit the bundle or this
     machine, or, with looks="2", RefinerMissing.
     """
-    if threads is not None and threads < 1:
-        raise InvalidOption(f"threads must be at least 1, not {threads}")
+    for name, number in (("threads", threads), ("max_chars", max_chars)):
+        if not (name == "threads" and number is None):
+            check_whole(name, number)
     if device not in ("auto", *BACKENDS):
         raise InvalidOption(
             f"there is no device {device!r}; choose from auto, {', '.join(BACKENDS)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import numpy as np
@@ -44,8 +45,7 @@ class Policy:
     max_steps: int = 3
 
     def __post_init__(self) -> None:
-        if self.max_steps < 1:
-            raise InvalidOption(f"max_steps must be at least 1, not {self.max_steps}")
+        check_whole("max_steps", self.max_steps)
 
     def flagged(self, severity: FloatArray) -> tuple[str, ...]:
         """Categories at or above their threshold, the most severe first  [C]"""
@@ -56,6 +56,11 @@ class Policy:
         """What to do with a prompt that has these categories."""
         actions = [self.actions[self.categories.index(name)] for name in flagged]
         return max(actions, key=STRENGTH.index, default="allow")
+
+    def stops(self, category: str) -> bool:
+        """Whether a flagged category asks for more than advice: a rewrite must not be flagged for it."""
+        action = self.actions[self.categories.index(category)]
+        return STRENGTH.index(action) > STRENGTH.index("advise")
 
     def decide_without(self, decision: Decision) -> Decision:
         """What becomes of a decision when the refiner fails: `on_error` says."""
@@ -83,6 +88,8 @@ def policy(
 
     Raises InvalidOption for a category that the bundle does not know, or a value out of its range.
     """
+    if not isinstance(rules, Mapping | None):
+        raise InvalidOption(f"rules must map settings to values, not be {rules!r}")
     rules = dict(rules or {})
     names = tuple(category.name for category in bundle.categories)
     chosen = {name: bundle.calibration[name].threshold for name in names}
@@ -93,10 +100,7 @@ def policy(
     for key, allowed in (("unrepaired", ("block", "review")), ("on_error", ("closed", "open"))):
         if key in rules and rules[key] not in allowed:
             raise InvalidOption(f"{key} must be {' or '.join(allowed)}, not {rules[key]!r}")
-    steps = rules.get("max_steps", 1)
-    if isinstance(steps, bool) or not isinstance(steps, int):
-        raise InvalidOption(f"max_steps must be a whole number, not {steps!r}")
-    if odd := sorted(set(rules) - {"unrepaired", "on_error", "max_steps"}):
+    if odd := sorted(map(str, set(rules) - {"unrepaired", "on_error", "max_steps"})):
         raise InvalidOption(
             f"a policy has no {', '.join(odd)}; it has thresholds, actions, unrepaired, on_error "
             "and max_steps"
@@ -120,9 +124,9 @@ def _thresholds(
     changes |= {name: value for name, value in change.items() if name != ALL}
     for name, value in changes.items():
         _check_name(name, names)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
             raise InvalidOption(
-                f"the threshold of {name} must be above 0 and at most 1, not {value}"
+                f"the threshold of {name} must be a number above 0 and at most 1, not {value!r}"
             )
     return {name: float(value) for name, value in changes.items()}
 
@@ -139,6 +143,12 @@ def _actions(change: Mapping[str, Decision], names: Sequence[str]) -> dict[str, 
                 f"the action of {name} must be one of {', '.join(STRENGTH)}, not {action!r}"
             )
     return changes
+
+
+def check_whole(name: str, value: object) -> None:
+    """Raise InvalidOption unless a setting is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise InvalidOption(f"{name} must be a whole number of at least 1, not {value!r}")
 
 
 def _check_name(name: str, names: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from typing import Any, Literal, TextIO
@@ -103,7 +104,7 @@ class Report:
         self._out.write(f"{INDENT}{printable(' '.join(text.split()))}\n")
 
     def _edit(self, edit: Edit) -> str:
-        text = printable(" ".join(edit.text.split("\n")))
+        text = printable(re.sub(r"\s", " ", edit.text))
         if self._colour and edit.kind != "keep":
             return self._paint(text, edit.kind)
         before, after = MARKS[edit.kind]
@@ -126,15 +127,14 @@ class Progress:
         if self._enabled and now - self._shown >= 0.2:
             self._shown = now
             rate = screened / max(1e-9, now - self._started)
-            self._err.write(
-                f"\r{screened:,} screened, {flagged:,} flagged, {failed:,} unreadable, {rate:,.0f}/s\x1b[K"
+            tell(
+                f"\r{screened:,} screened, {flagged:,} flagged, {failed:,} unreadable, {rate:,.0f}/s\x1b[K",
+                self._err,
             )
-            self._err.flush()
 
     def clear(self) -> None:
         if self._enabled:
-            self._err.write("\r\x1b[K")
-            self._err.flush()
+            tell("\r\x1b[K", self._err)
 
 
 class Steps:
@@ -151,14 +151,12 @@ class Steps:
             return
         start, end = ("\r", "\x1b[K") if self._live else ("", "\n")
         bar = f" {share:4.0%}" if self._live else ""
-        self._err.write(f"{start}{what}{bar}{end}")
-        self._err.flush()
+        tell(f"{start}{what}{bar}{end}", self._err)
         self._shown = what
 
     def close(self) -> None:
         if self._enabled and self._live and self._shown:
-            self._err.write("\r\x1b[K")
-            self._err.flush()
+            tell("\r\x1b[K", self._err)
 
 
 def printable(text: str) -> str:
@@ -175,4 +173,22 @@ def _words(text: str, verdict: Verdict) -> str:
 
 def complain(message: str) -> None:
     """One sentence on standard error."""
-    sys.stderr.write(f"lance-edge: {printable(message)}\n")
+    tell(f"lance-edge: {printable(message)}\n", sys.stderr)
+
+
+def tell(text: str, err: TextIO) -> None:
+    """Write to standard error. Where that fails, the command goes on without: its result counts."""
+    try:
+        err.write(text)
+        err.flush()
+    except OSError:
+        discard(err)
+
+
+def discard(stream: TextIO) -> None:
+    """What is still in the buffer cannot be written; the interpreter would try again, and exit with 120."""
+    try:
+        descriptor = stream.fileno()
+    except OSError:  # a stand-in without a file, as in tests
+        return
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)

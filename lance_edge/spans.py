@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from lance_edge.screener import FloatArray, WindowLabels
 from lance_edge.tokenizer import Window
 from lance_edge.verdict import Span
@@ -25,14 +23,22 @@ class Word:
 
 
 def hazard_spans(
-    windows: Iterable[WindowLabels], thresholds: FloatArray, categories: Sequence[str]
+    windows: Sequence[WindowLabels],
+    flagged: Iterable[str],
+    thresholds: FloatArray,
+    categories: Sequence[str],
 ) -> tuple[Span, ...]:
-    """The spans of every category that a window puts at or above its threshold  [C]"""
+    """The spans of every flagged category, in the windows that put it at or above its threshold  [C]
+
+    Where none does (a second look flagged it), they are those of its most severe window.
+    """
     found = []
-    for labels in windows:
-        for k in np.flatnonzero(labels.severity >= thresholds).tolist():
+    for name in flagged:
+        k = categories.index(name)
+        reaching = [labels for labels in windows if labels.severity[k] >= thresholds[k]]
+        for labels in reaching or [max(windows, key=lambda labels: labels.severity[k])]:
             words = word_shares(labels.window, labels.contributions[:, k])
-            found += [Span(a, b, categories[k], weight) for a, b, weight in join(words)]
+            found += [Span(start, end, name, weight) for start, end, weight in join(words)]
     return merge(found)
 
 

@@ -56,7 +56,7 @@ class PlanEntry:
     """One plan.
 
     file, sha256, bytes  where it lies, in the record's folder
-    graph_sha256  of the ONNX file that was parsed
+    graph_sha256  of the ONNX file that was parsed, and of the weights beside it
     sources       what it was made from: file -> SHA-256, as in the bundle's manifest
     precision     of its products: fp32, fp16, int8 or fp8; an int8 refiner has int8 weights alone
     parity        what 8 bits change; None for floating point
@@ -185,10 +185,16 @@ def rebuild(folder: Path, record: PlanRecord) -> str:
     targets = (
         f" --target {','.join(entry.targets)}" if record.runtime == "rtx" and entry.targets else ""
     )
-    stripped = " --stripped" if entry.stripped else ""
+    flags = {
+        " --version-compatible": entry.version_compatible,
+        " --hardware-compatible": entry.hardware_compatible,
+        " --stripped": entry.stripped,
+        " --calibration FILE": entry.parity is not None,
+    }
+    given = "".join(flag for flag, on in flags.items() if on)
     return (
         f"lance-edge plan BUNDLE --runtime {record.runtime} --precision {entry.precision}{only}{targets}"
-        f"{stripped} --out {folder}.new"
+        f"{given} --out {folder}.new"
     )
 
 

@@ -94,6 +94,7 @@ def screener(
     from lance_edge_export.look_alikes import reading_look_alikes
     from lance_edge_export.place import check_replaceable, is_bundle
     from lance_edge_export.screener import Wishes, export_bundle, with_taxonomy
+    from lance_edge_export.unknown_words import splitting_unknown
 
     texts = [row["prompt"] for row in records(prompts or PROMPTS, "prompt")]
     if not texts:
@@ -110,8 +111,10 @@ def screener(
         except ValueError as error:
             raise ExportError(f"{taxonomy} is not valid JSON ({error})") from error
         read = replace(read, taxonomy=with_taxonomy(read.taxonomy, entries))
+    tokenizer = splitting_unknown(read.tokenizer)
     if look_alikes:
-        read = replace(read, tokenizer=reading_look_alikes(read.tokenizer))
+        tokenizer = reading_look_alikes(tokenizer)
+    read = replace(read, tokenizer=tokenizer)
     wishes = Wishes(precision, name or out.name, version, encoder, tuple(keep_fp32 or ()))
     export_bundle(read, out, wishes, texts, golden, typer.echo)
     typer.echo(f"wrote {out}")

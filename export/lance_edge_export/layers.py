@@ -59,9 +59,12 @@ def layers_by_source(model: onnx.ModelProto, kept: Collection[str]) -> dict[str,
 
 def set_apart(items: Sequence[T], count: int) -> tuple[list[T], list[T]]:
     """So many of the items at most, from all over them, and the others."""
-    step = max(1, len(items) // count)
-    chosen = range(0, len(items), step)[:count]
-    return [items[i] for i in chosen], [items[i] for i in range(len(items)) if i not in chosen]
+    wanted = min(count, len(items))
+    chosen = {index * len(items) // wanted for index in range(wanted)}
+    apart: tuple[list[T], list[T]] = ([], [])
+    for index, item in enumerate(items):
+        apart[index not in chosen].append(item)
+    return apart
 
 
 def first_windows(prompts: Sequence[Sequence[Window]]) -> list[Feed]:

@@ -60,6 +60,9 @@ LOOK_ALIKES = {
     "Z": "\u0396",
 }
 
+# What looks like a space and is a letter or symbol: fillers of Hangul, as NFKC leaves them, and Braille's blank.
+BLANKS = "\u115f\u1160\u2800"
+
 
 def reading_look_alikes(serialized: bytes) -> bytes:
     """A serialized tokenizer that does so before its own normalisation. Raises ExportError."""
@@ -70,8 +73,8 @@ def reading_look_alikes(serialized: bytes) -> bytes:
         raise ExportError(f"the tokenizer cannot be changed: {error!r}") from error
     steps: list[dict[str, Any]] = [{"type": "NFKC"}]
     steps += [
-        {"type": "Replace", "pattern": {"String": other}, "content": latin}
-        for latin, others in LOOK_ALIKES.items()
+        {"type": "Replace", "pattern": {"String": other}, "content": plain}
+        for plain, others in {**LOOK_ALIKES, " ": BLANKS}.items()
         for other in others
     ]
     tokenizer["normalizer"] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import onnx
 
 from lance_edge.bundle import Bundle, Calibration, RefinerSpec
-from lance_edge.cache import open_weights
+from lance_edge.cache import open_weights, sha256_of
 from lance_edge.draft import LONGEST
 from lance_edge.errors import ExportError, InvalidOption, ParityError
 from lance_edge.graphs import Part, sources
@@ -61,6 +62,14 @@ class PlanGraph:
     sources: dict[str, str]
     profiles: list[Profile]
     parity: PlanParity | None = None
+
+    def sha256(self) -> str:
+        """Of the graph and, where they lie beside it, of its weights."""
+        digest = hashlib.sha256()
+        weights = self.path.with_name(WEIGHTS)
+        for path in (self.path, *([weights] if weights.exists() else [])):
+            digest.update(bytes.fromhex(sha256_of(path)))
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)

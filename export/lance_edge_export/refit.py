@@ -2,7 +2,7 @@
 
 A stripped plan is machine code without weights: small to ship, once for each kind of GPU, beside one
 bundle for all. The weights come from the graph that the plan was built from, which is written anew from
-the bundle and must be the same to the byte.
+the bundle and must be the same to the byte, its weights' file too.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def refit_part(
     """One plan with its weights."""
     with tempfile.TemporaryDirectory() as scratch:
         graph = write_graph(bundle, part, entry.precision, Path(scratch), eight_bits)
-        if hashlib.sha256(graph.path.read_bytes()).hexdigest() != entry.graph_sha256:
+        if graph.sha256() != entry.graph_sha256:
             prompts = "" if eight_bits is None else "the --calibration and --keep-fp16, and "
             raise ExportError(
                 f"the {part}'s graph comes out otherwise than when its plan was built; use {prompts}"

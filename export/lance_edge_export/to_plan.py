@@ -218,7 +218,7 @@ def child_environment() -> dict[str, str]:
 def entry_of(graph: PlanGraph, contents: bytes, built: Built, options: PlanOptions) -> PlanEntry:
     """The record of a plan; its file's name carries the fingerprint of what it was built from."""
     targets = options.targets or ((built.sm,) if options.runtime == "tensorrt" and built.sm else ())
-    graph_sha256 = hashlib.sha256(graph.path.read_bytes()).hexdigest()
+    graph_sha256 = graph.sha256()
     fingerprint = {
         "graph": graph_sha256,
         "runtime": [options.runtime, built.version],

@@ -16,6 +16,7 @@ from typing import Any
 import jsonschema
 import pytest
 import tiny
+import typer
 from tiny import BIAS, severity_of
 from typer.testing import CliRunner
 
@@ -115,6 +116,49 @@ def test_a_closed_pipe_ends_it_quietly(tiny_bundle: Path, tmp_path: Path) -> Non
         process.stdout.close()
         assert process.wait(timeout=30) == -signal.SIGPIPE
         assert process.stderr.read() == b""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="closes streams as a POSIX shell does")
+@pytest.mark.parametrize(
+    ("closed", "argument", "code", "said"),
+    [
+        ("2>&-", "hello", 0, b""),  # 1 would say that it was flagged
+        ("2>/dev/full", "hello", 0, b""),
+        (
+            ">&-",
+            "hello",
+            3,
+            b"lance-edge: standard output is closed, so no result can be written\n",
+        ),
+        ("<&-", "-", 2, b"lance-edge: standard input is closed; name a file, or give the prompt"),
+    ],
+)
+def test_a_standard_stream_that_is_closed(
+    tiny_bundle: Path, closed: str, argument: str, code: int, said: bytes
+) -> None:
+    if "/dev/full" in closed and not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    command = [*ENTRY, "screen", "--bundle", str(tiny_bundle), argument, "--format", "jsonl"]
+    done = subprocess.run(["sh", "-c", f'"$@" {closed}', "sh", *command], capture_output=True)
+    assert done.returncode == code
+    assert done.stderr.startswith(said) and b"Traceback" not in done.stdout + done.stderr
+    if code == 0:
+        (record,) = records(done.stdout.decode())
+        assert record["decision"] == "allow"
+
+
+def test_it_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "lance_edge", "version"], capture_output=True)
+    assert (done.returncode, done.stdout.decode().strip()) == (0, lance_edge.__version__)
+
+
+def test_an_aborted_question_is_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
+    def abort(*_: Any) -> None:
+        raise typer.Abort
+
+    monkeypatch.setattr(cli, "offer_pull", abort)
+    result = invoke("refine", "hello")
+    assert (result.exit_code, result.stderr) == (130, "lance-edge: interrupted\n")
 
 
 def test_a_line_of_10_mb_is_reported_and_the_next_one_screened(
@@ -340,7 +384,6 @@ def test_one_prompt_needs_no_summary(screen: Invoke) -> None:
     [
         (b"bo\0mb", "the prompt has a NUL character at position 2"),
         (b"bomb \xff", "the line is not valid UTF-8 (byte 6)"),
-        ("\u3000".encode(), "the prompt is empty"),
         ("\u200b".encode(), "the prompt holds only invisible characters"),
         (b"hello " * 20, "the prompt has 120 characters and the limit is 100"),
     ],
@@ -439,10 +482,13 @@ def test_one_threshold_for_all_and_another_for_one(screen: Invoke) -> None:
         ("violance=0.5", "the bundle has no category 'violance'; did you mean violence?"),
         ("zzz=0.5", "the bundle has no category 'zzz'; it has violence, privacy, child"),
         ("=0.5", "the bundle has no category ''; it has violence, privacy, child"),
-        ("0", "must be above 0 and at most 1, not 0.0"),
-        ("1.5", "must be above 0 and at most 1, not 1.5"),
-        ("nan", "must be above 0 and at most 1, not nan"),
-        ("violence=-1", "the threshold of violence must be above 0 and at most 1, not -1.0"),
+        ("0", "must be a number above 0 and at most 1, not 0.0"),
+        ("1.5", "must be a number above 0 and at most 1, not 1.5"),
+        ("nan", "must be a number above 0 and at most 1, not nan"),
+        (
+            "violence=-1",
+            "the threshold of violence must be a number above 0 and at most 1, not -1.0",
+        ),
     ],
 )
 def test_a_wrong_threshold_is_wrong_usage(screen: Invoke, setting: str, message: str) -> None:

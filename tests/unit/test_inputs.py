@@ -46,16 +46,19 @@ def test_windows_files_read_like_others() -> None:
     assert found(b"\xef\xbb\xbfhello\r\nbomb\r\n", "lines") == [(1, "hello"), (2, "bomb")]
 
 
-def test_only_the_first_byte_order_mark_is_dropped() -> None:
-    assert found(b"\xef\xbb\xbfa\n\xef\xbb\xbfb\n", "lines") == [(1, "a"), (2, "\ufeffb")]
+def test_files_that_were_put_together_have_marks_within() -> None:
+    assert found(b"\xef\xbb\xbfa\n\xef\xbb\xbfb\n", "lines") == [(1, "a"), (2, "b")]
+    two = b'\xef\xbb\xbf{"prompt": "a"}\n\xef\xbb\xbf{"prompt": "b"}\n'
+    assert found(two, "jsonl") == [(1, "a"), (2, "b")]
 
 
 def test_blank_lines_count_and_are_no_prompts() -> None:
-    assert items(b"a\n\n \t\r\nb\n", "lines") == [
+    assert items("a\n\n \t\r\nb\n\u3000\u00a0\n".encode(), "lines") == [
         Item("f", 1, "a"),
         Item("f", 2, blank=True),
         Item("f", 3, blank=True),
         Item("f", 4, "b"),
+        Item("f", 5, blank=True),
     ]
 
 

@@ -19,3 +19,4 @@ def test_what_is_set_apart(items: int, count: int) -> None:
 def test_it_comes_from_all_over_the_items() -> None:
     assert set_apart("abcdefgh", 4) == (list("aceg"), list("bdfh"))
     assert set_apart("abc", 4) == (list("abc"), [])
+    assert set_apart("abcdefg", 4) == (list("abdf"), list("ceg"))

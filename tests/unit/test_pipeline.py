@@ -7,8 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 import tiny
 from tiny import BIAS, severity_of
@@ -120,8 +122,8 @@ def test_thresholds_can_be_changed_at_load(tiny_bundle: Path) -> None:
     ("thresholds", "message"),
     [
         ({"violance": 0.5}, "no category 'violance'; did you mean violence"),
-        ({"violence": 1.5}, "must be above 0 and at most 1, not 1.5"),
-        (float("nan"), "must be above 0 and at most 1, not nan"),
+        ({"violence": 1.5}, "must be a number above 0 and at most 1, not 1.5"),
+        (float("nan"), "must be a number above 0 and at most 1, not nan"),
     ],
 )
 def test_wrong_thresholds_are_refused(tiny_bundle: Path, thresholds: object, message: str) -> None:
@@ -146,6 +148,35 @@ def test_unreadable_prompts_are_refused(
 ) -> None:
     with pytest.raises(lance_edge.InvalidPrompt, match=message):
         guard.screen(text)
+
+
+def test_a_text_is_no_list_of_texts(guard: lance_edge.Pipeline) -> None:
+    for many in (guard.screen_many, guard.refine_many):
+        with pytest.raises(lance_edge.InvalidPrompt, match="one text was given and a list"):
+            many("hello")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threads": 1.5}, "threads must be a whole number of at least 1, not 1.5"),
+        ({"threads": "2"}, "threads must be a whole number of at least 1, not '2'"),
+        ({"max_chars": None}, "max_chars must be a whole number of at least 1, not None"),
+        ({"max_chars": 0}, "max_chars must be a whole number of at least 1, not 0"),
+        ({"rules": "x"}, "rules must map settings to values, not be 'x'"),
+        ({"rules": {1: 2}}, "a policy has no 1; it has"),
+    ],
+)
+def test_options_that_cannot_be(tiny_bundle: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(lance_edge.InvalidOption, match=message):
+        lance_edge.load(tiny_bundle, "cpu", **options)
+
+
+def test_numbers_of_numpy_are_numbers(tiny_bundle: Path) -> None:
+    rules = {"max_steps": np.int64(2)}
+    with lance_edge.load(tiny_bundle, "cpu", thresholds=np.float32(0.5), rules=rules) as pipeline:
+        assert pipeline.policy.max_steps == 2
+        assert pipeline.policy.thresholds.tolist() == [0.5] * 3
 
 
 def test_a_bad_prompt_among_many_is_named(guard: lance_edge.Pipeline) -> None:

@@ -300,6 +300,23 @@ def test_only_the_action_rewrite_rewrites(
     assert (verdict.decision, verdict.flagged, verdict.refined) == (action, ("violence",), None)
 
 
+@pytest.mark.parametrize(
+    ("action", "accepted"), [("advise", True), ("allow", True), ("review", False)]
+)
+def test_what_the_policy_lets_pass_vetoes_no_rewrite(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, action: str, accepted: bool
+) -> None:
+    script = Scripted("hello the spy", "hello the spy").install(monkeypatch)
+    rules = {"actions": {"privacy": action}, "max_steps": 1}
+    with load(bundle, looks="1", rules=rules) as pipeline:
+        verdict = pipeline.refine(FLAGGED)
+        assert (verdict.refined is not None) == accepted
+        assert script.seen[0] == (FLAGGED, VIOLENCE)
+        if accepted:  # nor is the refiner told of it
+            pipeline.refine("hello the bomb spy")
+            assert "spy" not in script.seen[1][1]
+
+
 # Rewrites
 
 
@@ -642,9 +659,9 @@ def test_thresholds_on_the_command_line_count_before_the_policys(
         ("[]", "must hold an object, not list"),
         ('{"threshold": 0.5}', "a policy has no threshold; it has thresholds, actions,"),
         ('{"thresholds": {"violance": 0.5}}', "did you mean violence?"),
-        ('{"thresholds": {"violence": "high"}}', "threshold of violence must be above 0"),
-        ('{"thresholds": {"violence": NaN}}', "threshold of violence must be above 0"),
-        ('{"thresholds": [0.5]}', "must be above 0 and at most 1, not [0.5]"),
+        ('{"thresholds": {"violence": "high"}}', "threshold of violence must be a number above 0"),
+        ('{"thresholds": {"violence": NaN}}', "threshold of violence must be a number above 0"),
+        ('{"thresholds": [0.5]}', "must be a number above 0 and at most 1, not [0.5]"),
         ('{"actions": {"violence": "refine"}}', "must be one of allow, advise, rewrite, review"),
         ('{"actions": {"violence": ["block"]}}', "must be one of allow, advise, rewrite, review"),
         ('{"actions": "block"}', "actions must map categories to actions, not be 'block'"),
@@ -652,9 +669,9 @@ def test_thresholds_on_the_command_line_count_before_the_policys(
         ('{"unrepaired": "allow"}', "unrepaired must be block or review, not 'allow'"),
         ('{"on_error": "half"}', "on_error must be closed or open, not 'half'"),
         ('{"on_error": {}}', "on_error must be closed or open, not {}"),
-        ('{"max_steps": 0}', "max_steps must be at least 1, not 0"),
-        ('{"max_steps": 1.5}', "max_steps must be a whole number, not 1.5"),
-        ('{"max_steps": true}', "max_steps must be a whole number, not True"),
+        ('{"max_steps": 0}', "max_steps must be a whole number of at least 1, not 0"),
+        ('{"max_steps": 1.5}', "max_steps must be a whole number of at least 1, not 1.5"),
+        ('{"max_steps": true}', "max_steps must be a whole number of at least 1, not True"),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -715,6 +732,21 @@ def test_the_second_look_is_mixed_into_the_first(bundle: Path, prompt: str) -> N
     if both.decision != "rewrite":
         with load(bundle, looks="2") as two:
             assert timeless(two.refine(prompt)) == timeless(both)
+
+
+@pytest.mark.parametrize(("mean", "flagged"), [(20.0, 3), (-20.0, 0)])
+def test_spans_are_of_what_both_looks_flag(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, mean: float, flagged: int
+) -> None:
+    real = Refiner.read
+    monkeypatch.setattr(
+        Refiner, "read", lambda *given: replace(real(*given), mean=np.full(3, mean))
+    )
+    with load(bundle, looks="2") as pipeline:
+        verdict = pipeline.screen("the bomb spy")
+    assert len(verdict.flagged) == flagged
+    assert {span.category for span in verdict.spans} <= set(verdict.flagged)
+    assert ("violence" in {span.category for span in verdict.spans}) == bool(flagged)
 
 
 def test_a_prompt_too_long_for_the_second_look_gets_one(bundle: Path) -> None:

@@ -23,7 +23,7 @@ from lance_edge_engines import SessionError
 from lance_edge_engines.cuda import Gpu
 from lance_edge_engines.plan_record import PlanRecord, PlanStale, read_record
 from lance_edge_engines.trt import open_plan
-from lance_edge_export import build_plan, refit, to_plan
+from lance_edge_export import build_plan, plan_graphs, refit, to_plan
 from lance_edge_export.build_plan import build
 from lance_edge_export.plan_graphs import EightBits
 from lance_edge_export.refit import refit_plans, refitted_plan
@@ -126,6 +126,25 @@ def test_a_graph_that_comes_out_otherwise(
     with pytest.raises(ExportError, match=rf"comes out otherwise .*; use {needed}"):
         made_whole(stripped, tiny_bundle, prompts)
     assert not list(tmp_path.glob("whole*")) and not list(tmp_path.glob(".whole*"))
+
+
+def test_weights_that_come_out_otherwise(
+    runtime: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LANCE_EDGE_CACHE", str(tmp_path))
+    bundle = tiny_refiner.write_bundle(tmp_path / "bundle")
+    spec = open_bundle(bundle).manifest.refiner
+    assert spec is not None
+    weights_path(open_bundle(bundle), spec).write_bytes(tiny_refiner.weights_file("int8"))
+    built(bundle, tmp_path / "stripped", "refiner", precision="fp16", stripped=True)
+    made = plan_graphs.plain_weights
+    monkeypatch.setattr(
+        plan_graphs,
+        "plain_weights",
+        lambda *given: ((name, array * 0) for name, array in made(*given)),
+    )
+    with pytest.raises(ExportError, match="the refiner's graph comes out otherwise"):
+        made_whole(tmp_path / "stripped", bundle)
 
 
 def test_another_bundle_is_refused(

@@ -104,7 +104,7 @@ def thresholds_at(
 def main(
     checkpoint: Annotated[Path, typer.Option(help="Folder written by the trainer.")],
     data: Annotated[Path, typer.Option(help="Folder with prompts/ and pairs/.")],
-    false_positive_rate: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.11,
+    false_positive_rate: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.112,
 ) -> None:
     """Fit the calibration and choose thresholds; writes calibration.json into the checkpoint."""
     screener, description = load_screener(checkpoint)
