@@ -38,6 +38,11 @@ DISGUISES: dict[str, Callable[[str], str]] = {
     "zero-width characters between letters": "\u200b".join,
     "soft hyphens between letters": "\u00ad".join,
     "letters struck through": lambda text: "".join(f"{letter}\u0336" for letter in text),
+    "a smiley behind each word": lambda text: "".join(
+        f"{word}\U0001f621 " for word in text.split()
+    ),
+    "arrows between words": lambda text: "\u2192".join(text.split()),
+    "blanks of Braille between words": lambda text: "\u2800".join(text.split()),
     "digits for letters": swapped(DIGITS),
     "spaces between letters": " ".join,
 }
