@@ -2,19 +2,20 @@
 
 WordPiece reads a word as one unknown token if one of its characters is not in the vocabulary, or if it has
 more than 100: "bomb" with a smiley behind it, or in a long row of words joined by arrows, would not be seen at
-all. So such characters, and symbols, stand alone, and long words are read in parts.
+all. So such characters stand alone, and long words are read in parts. Symbols are left out: they say little,
+and between words that belong together they are in the way.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from typing import Any, Literal
 
 from lance_edge.errors import ExportError
 
 INSIDE = "##"  # before pieces that do not begin a word
-SYMBOL = r"[\p{So}\p{Sm}\p{Sk}]"  # between words, as an arrow: what follows begins a word. "£50" stays one
+SYMBOL = r"[\p{So}\p{Sm}\p{Sk}&&[^\x00-\x7f]]"  # smileys, arrows, blanks of Braille; not "+", no currency
 
 
 def splitting_unknown(serialized: bytes) -> bytes:
@@ -32,21 +33,15 @@ def splitting_unknown(serialized: bytes) -> bytes:
     except (ValueError, TypeError, KeyError) as error:
         raise ExportError(f"the tokenizer cannot be changed: {error!r}") from error
     known = sorted(c for c in vocabulary if len(c) == 1 and f"{INSIDE}{c}" in vocabulary)
-    unknown = f"[^{re.escape(''.join(known))}]"
     steps = [] if own is None else [own]
     steps += [
-        _split(f"{unknown}|{SYMBOL}"),
-        _split(f"(?m:.{{1,{longest}}})"),
-    ]  # m: "." is a line's end too
+        _split(SYMBOL, "Removed"),
+        _split(f"[^{re.escape(''.join(known))}]", "Isolated"),
+        _split(f"(?m:.{{1,{longest}}})", "Isolated"),  # m: "." is a line's end too
+    ]
     tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
     return json.dumps(tokenizer, ensure_ascii=False).encode()
 
 
-def _split(pattern: str) -> dict[str, Any]:
-    """Every match stands alone."""
-    return {
-        "type": "Split",
-        "pattern": {"Regex": pattern},
-        "behavior": "Isolated",
-        "invert": False,
-    }
+def _split(pattern: str, behavior: Literal["Isolated", "Removed"]) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": False}
