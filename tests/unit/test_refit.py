@@ -67,7 +67,9 @@ def made_whole(folder: Path, bundle: Path, eight_bits: EightBits | None = None) 
 def answers(folder: Path) -> dict[str, np.ndarray]:
     session = open_plan(folder, "screener", memory=gpu())
     ids = np.array([[2, 4, 5, 6, 3, 0, 0, 0]])
-    return session.run({"ids": ids, "mask": (ids > 0).astype(np.int64)})
+    found = session.run({"ids": ids, "mask": (ids > 0).astype(np.int64)})
+    session.close()
+    return found
 
 
 @VERSIONS
