@@ -75,6 +75,17 @@ def tool(name: str) -> typer.Typer:
     return found
 
 
+def new_tool(what: str, no_args_is_help: bool = True) -> typer.Typer:
+    """The app of one of TOOLS, which looks like the others."""
+    return typer.Typer(
+        help=what,
+        add_completion=False,
+        no_args_is_help=no_args_is_help,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+
+
 app = typer.Typer(
     cls=Commands,
     help="Screen prompts on this machine, and repair those that can be.",
@@ -526,11 +537,8 @@ def pull_with_progress(
     from lance_edge.pull import pull as make
 
     opened = open_bundle(bundle, public_key)
-    steps = Steps(sys.stderr, enabled=not quiet)
-    try:
+    with Steps(sys.stderr, enabled=not quiet) as steps:
         return make(opened, base, steps.update)
-    finally:
-        steps.close()
 
 
 def read_policy(path: Path | None) -> dict[str, Any]:

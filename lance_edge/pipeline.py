@@ -331,9 +331,9 @@ def load(
     lance_edge_engines.DeviceUnavailable, SessionError for plans that do not fit the bundle or this
     machine, or, with looks="2", RefinerMissing.
     """
-    for name, number in (("threads", threads), ("max_chars", max_chars)):
-        if not (name == "threads" and number is None):
-            check_whole(name, number)
+    if threads is not None:
+        check_whole("threads", threads)
+    check_whole("max_chars", max_chars)
     if device not in ("auto", *BACKENDS):
         raise InvalidOption(
             f"there is no device {device!r}; choose from auto, {', '.join(BACKENDS)}"

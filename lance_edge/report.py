@@ -138,7 +138,7 @@ class Progress:
 
 
 class Steps:
-    """A line on standard error that says what a long command is doing."""
+    """A line on standard error that says what a long command is doing, and is cleared at the end."""
 
     def __init__(self, err: TextIO, enabled: bool) -> None:
         self._err, self._enabled, self._live = err, enabled, err.isatty()
@@ -154,7 +154,10 @@ class Steps:
         tell(f"{start}{what}{bar}{end}", self._err)
         self._shown = what
 
-    def close(self) -> None:
+    def __enter__(self) -> Steps:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self._enabled and self._live and self._shown:
             tell("\r\x1b[K", self._err)
 

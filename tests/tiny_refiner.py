@@ -35,7 +35,9 @@ from lance_edge.bundle import (
     Template,
     Templates,
     file_entry,
+    open_bundle,
 )
+from lance_edge.cache import weights_path
 from lance_edge.decoder import Decoder
 from lance_edge.gguf import Float32Array, Gguf
 from lance_edge.language import LanguageTokenizer
@@ -354,4 +356,13 @@ def write_bundle(
     manifest["gradients"] = "gradients.json"
     manifest["refiner"] = {**asdict(spec(precision)), **(refiner or {})}
     path.write_text(json.dumps(manifest), encoding="utf-8")
+    return folder
+
+
+def write_pulled(folder: Path) -> Path:
+    """The same bundle, and its weights in the cache ($LANCE_EDGE_CACHE) as if they were pulled."""
+    bundle = open_bundle(write_bundle(folder))
+    path = weights_path(bundle, spec())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(weights_file("int8"))
     return folder

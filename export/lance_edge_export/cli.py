@@ -12,20 +12,14 @@ from typing import Annotated, Any, Literal
 import typer
 
 from lance_edge.bundle import Bundle, Templates
-from lance_edge.cli import PublicKeyOption, exits
+from lance_edge.cli import PublicKeyOption, exits, new_tool
 
 TRAINED = "refiner.json"  # in a folder that the refiner's trainer wrote
 PARITY_PAIRS = 64  # whose next tokens the refiner's stages are compared on
 PROMPTS = Path(__file__).with_name("prompts.jsonl")  # real ones, where none are given
 GOLDENS = 16  # prompts that become goldens where none are given
 
-app = typer.Typer(
-    help="Export trained checkpoints.",
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
+app = new_tool("Export trained checkpoints.")
 
 OutOption = Annotated[
     Path, typer.Option(help="Where the bundle goes; replaced when the new one is whole.")

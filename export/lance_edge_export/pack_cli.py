@@ -7,14 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from lance_edge.cli import PublicKeyOption, exits
+from lance_edge.cli import PublicKeyOption, exits, new_tool
 
-app = typer.Typer(
-    help="Pack a bundle for other machines.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
+app = new_tool("Pack a bundle for other machines.", no_args_is_help=False)
 
 
 @app.command()

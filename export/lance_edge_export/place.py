@@ -54,6 +54,12 @@ def check_replaceable(out: Path, found_ours: bool, what: str) -> None:
     raise InvalidOption(f"--out {out} holds something else than {what}; name a new folder")
 
 
+def check_new(out: Path) -> None:
+    """Raise InvalidOption if there is something already."""
+    if out.exists():
+        raise InvalidOption(f"{out} exists; name another folder, or remove it first")
+
+
 def is_bundle(folder: Path) -> bool:
     """Whether a folder holds a bundle's files and nothing beside them."""
     try:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lance_edge.cli import PublicKeyOption, exits
+from lance_edge.cli import PublicKeyOption, exits, new_tool
 from lance_edge.errors import InvalidOption, InvalidPrompt
 from lance_edge.report import Steps
 from lance_edge_engines.plan_record import PlanPrecision
@@ -19,13 +19,7 @@ from lance_edge_export.cli import PROMPTS
 if TYPE_CHECKING:
     from lance_edge_export.plan_graphs import EightBits
 
-app = typer.Typer(
-    help="Build TensorRT plans of a bundle.",
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
+app = new_tool("Build TensorRT plans of a bundle.")
 
 
 @app.command()
@@ -118,11 +112,8 @@ def plan(
     )
     opened = open_bundle(bundle, public_key)
     parts = PARTS if only is None else (only,)
-    steps = Steps(sys.stderr, enabled=not quiet)
-    try:
+    with Steps(sys.stderr, enabled=not quiet) as steps:
         record = build_plans(opened, parts, out, options, steps.update)
-    finally:
-        steps.close()
     for line in summary(record):
         typer.echo(line)
     typer.echo(f"wrote {out}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,9 @@ from lance_edge_engines.plan_record import RECORD, PlanEntry, PlanRecord, check_
 from lance_edge_engines.session import SessionError
 from lance_edge_engines.trt import collecting_logger, import_runtime
 from lance_edge_export.build_plan import complaint
-from lance_edge_export.place import whole
+from lance_edge_export.place import check_new, whole
 from lance_edge_export.plan_graphs import EightBits, write_graph
-from lance_edge_export.to_plan import STRIPPED, WHOLE
-
-Report = Callable[[str, float], None]  # what is being done, and which share of it is done
+from lance_edge_export.to_plan import STRIPPED, WHOLE, Report
 
 
 def refit_plans(
@@ -48,8 +45,7 @@ def refit_plans(
     machine or bundle, ExportError if their graph comes out otherwise than when they were built,
     DeviceUnavailable without the runtime or a GPU, SessionError if the runtime refuses.
     """
-    if out.exists():
-        raise InvalidOption(f"{out} exists; name another folder, or remove it first")
+    check_new(out)
     if not all(entry.stripped for entry in record.plans.values()):
         raise InvalidOption(f"the plans in {folder} have their weights; run them as they are")
     runtime = import_runtime(record.runtime)

@@ -8,17 +8,11 @@ from typing import Annotated
 
 import typer
 
-from lance_edge.cli import PublicKeyOption, exits
+from lance_edge.cli import PublicKeyOption, exits, new_tool
 from lance_edge.report import Steps
 from lance_edge_export.plan_cli import parse_device, read_calibration
 
-app = typer.Typer(
-    help="Put the weights back into stripped TensorRT plans.",
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
+app = new_tool("Put the weights back into stripped TensorRT plans.")
 
 
 @app.command()
@@ -57,11 +51,8 @@ def refit(
     precision = "fp16" if screener is None else screener.precision
     eight_bits = read_calibration(precision, calibration, keep_fp16 or ())
     opened = open_bundle(bundle, public_key)
-    steps = Steps(sys.stderr, enabled=not quiet)
-    try:
+    with Steps(sys.stderr, enabled=not quiet) as steps:
         refitted = refit_plans(plans, record, opened, out, eight_bits, gpu, steps.update)
-    finally:
-        steps.close()
     for line in summary(refitted):
         typer.echo(line)
     typer.echo(f"wrote {out}")

@@ -25,7 +25,7 @@ from lance_edge_engines.plan_record import (
 )
 from lance_edge_engines.trt import import_runtime
 from lance_edge_export.build_plan import Built, Job, answer_path, known_targets
-from lance_edge_export.place import whole
+from lance_edge_export.place import check_new, whole
 from lance_edge_export.plan_graphs import EightBits, PlanGraph, write_graph
 from lance_edge_export.qdq import EIGHT_BIT
 
@@ -95,8 +95,7 @@ def build_plans(
     Raises InvalidOption for options that do not fit, DeviceUnavailable without the runtime or its
     GPU, RefinerMissing for a refiner that was never pulled, ExportError if a build fails.
     """
-    if out.exists():
-        raise InvalidOption(f"{out} exists; name another folder, or remove it first")
+    check_new(out)
     if options.precision == "fp8" and "screener" not in parts:
         raise InvalidOption(
             "fp8 is for the screener, and only the refiner's plan was asked for; build that in fp16 "

@@ -16,7 +16,6 @@ from fake_tensorrt import FakeMemory
 from typer.testing import CliRunner
 
 from lance_edge.bundle import open_bundle
-from lance_edge.cache import weights_path
 from lance_edge.cli import app
 from lance_edge.errors import ExportError, InvalidOption
 from lance_edge_engines import SessionError
@@ -97,10 +96,7 @@ def test_the_refiners_weights_too(
     runtime: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LANCE_EDGE_CACHE", str(tmp_path))
-    bundle = tiny_refiner.write_bundle(tmp_path / "bundle")
-    spec = open_bundle(bundle).manifest.refiner
-    assert spec is not None
-    weights_path(open_bundle(bundle), spec).write_bytes(tiny_refiner.weights_file("int8"))
+    bundle = tiny_refiner.write_pulled(tmp_path / "bundle")
     parts = ("screener", "refiner")
     built(bundle, tmp_path / "stripped", *parts, stripped=True)
     plain = built(bundle, tmp_path / "plain", *parts)
@@ -134,10 +130,7 @@ def test_weights_that_come_out_otherwise(
     runtime: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LANCE_EDGE_CACHE", str(tmp_path))
-    bundle = tiny_refiner.write_bundle(tmp_path / "bundle")
-    spec = open_bundle(bundle).manifest.refiner
-    assert spec is not None
-    weights_path(open_bundle(bundle), spec).write_bytes(tiny_refiner.weights_file("int8"))
+    bundle = tiny_refiner.write_pulled(tmp_path / "bundle")
     built(bundle, tmp_path / "stripped", "refiner", precision="fp16", stripped=True)
     made = plan_graphs.plain_weights
     monkeypatch.setattr(

@@ -16,7 +16,6 @@ from fake_tensorrt import FakeMemory
 from typer.testing import CliRunner
 
 from lance_edge.bundle import open_bundle
-from lance_edge.cache import weights_path
 from lance_edge.cli import app
 from lance_edge.errors import ExportError, InvalidOption, RefinerMissing
 from lance_edge_engines import DeviceUnavailable, SessionError, cuda
@@ -202,10 +201,8 @@ def test_a_refiner_that_was_never_pulled(
 
 def test_a_pulled_refiner(rtx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LANCE_EDGE_CACHE", str(tmp_path))
-    folder = tiny_refiner.write_bundle(tmp_path / "bundle")
-    spec = open_bundle(folder).manifest.refiner
-    assert spec is not None
-    weights_path(open_bundle(folder), spec).write_bytes(tiny_refiner.weights_file("int8"))
+    folder = tiny_refiner.write_pulled(tmp_path / "bundle")
+    spec = tiny_refiner.spec()
     built(folder, tmp_path / "plans", "screener", "refiner")
     plans = read_record(tmp_path / "plans").plans
     assert list(plans) == ["screener", "refiner"]

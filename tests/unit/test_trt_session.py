@@ -62,16 +62,8 @@ def api(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture
 def refining(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A bundle with the tiny refiner, and its weights as if they were pulled."""
-    folder = tiny_refiner.write_bundle(tmp_path / "bundle")
     monkeypatch.setenv("LANCE_EDGE_CACHE", str(tmp_path / "cache"))
-    bundle = open_bundle(folder)
-    assert bundle.manifest.refiner is not None
-    from lance_edge.cache import weights_path
-
-    path = weights_path(bundle, bundle.manifest.refiner)
-    path.parent.mkdir()
-    path.write_bytes(tiny_refiner.weights_file("int8"))
-    return folder
+    return tiny_refiner.write_pulled(tmp_path / "bundle")
 
 
 @pytest.fixture
