@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from lance_edge.bundle import Templates
 from lance_edge.screener import Labels, WindowLabels
-from lance_edge.spans import join, snap, word_shares
+from lance_edge.spans import told, word_shares
 from lance_edge.verdict import Gradient
 
 MAX_ELEMENTS = 3  # quoted per category; more would only repeat the prompt
@@ -114,9 +114,9 @@ def critique(found: Sequence[Gradient], count: Callable[[str], int], templates: 
 def elements(text: str, windows: Sequence[WindowLabels], category: int) -> tuple[str, ...]:
     """The words that carry a category, from its most severe window: the strongest, in order."""
     worst = max(windows, key=lambda window: window.severity[category])
-    found = join(word_shares(worst.window, worst.contributions[:, category]))
+    found = told(text, word_shares(worst.window, worst.contributions[:, category]))
     strongest = sorted(found, key=lambda span: -span[2])[:MAX_ELEMENTS]
-    ranges = _disjoint([snap(text, start, end) for start, end, _ in sorted(strongest)])
+    ranges = _disjoint(sorted((start, end) for start, end, _ in strongest))
     words = [text[start:end] for start, end in ranges]
     telling = [word for word in words if _LONG_WORD.search(word)]
     return tuple(telling or words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,15 @@ from lance_edge.verdict import Span
 
 COVER = 0.7  # spans hold the strongest words that together make this share of the evidence
 JOIN = 1  # words left out between two chosen ones that still belong to one span
+# English words that say nothing without the one after them: no span begins with one or ends on one.
+LEADING = frozenset(
+    "a an the this that these those my your his her its our their some any i he she we they "
+    "and or but of to for with from in into on onto at by about".split()
+)
+REACH = 3  # words by which a span grows at most, to end on one that says something
+
+_NEXT_WORD = re.compile(r"\s+\S+")
+_FIRST_WORD = re.compile(r"\S+\s+")
 
 
 @dataclass(frozen=True)
@@ -23,6 +33,7 @@ class Word:
 
 
 def hazard_spans(
+    text: str,
     windows: Sequence[WindowLabels],
     flagged: Iterable[str],
     thresholds: FloatArray,
@@ -38,7 +49,7 @@ def hazard_spans(
         reaching = [labels for labels in windows if labels.severity[k] >= thresholds[k]]
         for labels in reaching or [max(windows, key=lambda labels: labels.severity[k])]:
             words = word_shares(labels.window, labels.contributions[:, k])
-            found += [Span(start, end, name, weight) for start, end, weight in join(words)]
+            found += [Span(start, end, name, share) for start, end, share in told(text, words)]
     return merge(found)
 
 
@@ -65,6 +76,13 @@ def word_shares(window: Window, contributions: FloatArray) -> list[Word]:
     return [Word(start, end, max(0.0, weight) / total) for start, end, weight in words]
 
 
+def told(text: str, words: Sequence[Word]) -> list[tuple[int, int, float]]:
+    """The ranges of a text that carry the evidence of its words: (start, end, share)."""
+    ranges = [(*settle(text, start, end), share) for start, end, share in join(words)]
+    telling = [item for item in ranges if not _only_leads(text[item[0] : item[1]])]
+    return telling or ranges
+
+
 def join(words: Sequence[Word]) -> list[tuple[int, int, float]]:
     """The strongest words that cover the evidence, neighbours joined: (start, end, share)."""
     chosen: set[int] = set()
@@ -87,6 +105,27 @@ def join(words: Sequence[Word]) -> list[tuple[int, int, float]]:
             spans.append((word.start, word.end, word.share))
         last = index
     return spans
+
+
+def settle(text: str, start: int, end: int) -> tuple[int, int]:
+    """The range as a person would mark it: whole words, neither "to make a" nor "a bomb and"
+    but "make a bomb". A range of leading words alone stays as it is.
+    """
+    start, end = snap(text, start, end)
+    if _only_leads(text[start:end]):
+        return start, end
+    for _ in range(REACH):
+        following = _NEXT_WORD.match(text, end)
+        if following is None or text[start:end].split()[-1].casefold() not in LEADING:
+            break
+        _, end = snap(text, start, following.end())
+    while (first := _FIRST_WORD.match(text, start, end)) and first[0].strip().casefold() in LEADING:
+        start = first.end()
+    return start, end
+
+
+def _only_leads(words: str) -> bool:
+    return all(word.casefold() in LEADING for word in words.split())
 
 
 def snap(text: str, start: int, end: int) -> tuple[int, int]:

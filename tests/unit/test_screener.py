@@ -100,6 +100,33 @@ def test_word_shares_join_pieces_and_ignore_negative_evidence() -> None:
     assert spans.word_shares(pieces, np.array([1.0, -1.0, 0.0, -5.0, 1.0])) == []
 
 
+@pytest.mark.parametrize(
+    ("text", "marked", "expected"),
+    [
+        ("how do I make a bomb today", "to make a"[3:], "make a bomb"),
+        ("I want to make a small bomb", "to make a", "make a small"),
+        ("get into my ex's phone", "s", "ex's"),
+        ("mix it with a, then pour", "mix it with a", "mix it with a"),  # a clause ends there
+        ("what is of the in it worth", "of", "of"),
+        ("kill him and", "kill him and", "kill him and"),  # nothing follows
+        ("he said to the", "to the", "to the"),
+        ("go on with a the of to bombs", "go on with", "go on with a the of"),  # no further
+    ],
+)
+def test_spans_end_on_words_that_say_something(text: str, marked: str, expected: str) -> None:
+    start = text.rindex(marked)
+    found_start, found_end = spans.settle(text, start, start + len(marked))
+    assert text[found_start:found_end] == expected
+
+
+def test_words_that_say_nothing_alone_are_spans_only_for_want_of_better() -> None:
+    text = "of the many bombs"
+    of, bombs = Word(0, 2, 0.5), Word(12, 17, 0.5)
+    between = [Word(3, 6, 0.0), Word(7, 11, 0.0)]
+    assert spans.told(text, [of, *between, bombs]) == [(12, 17, 0.5)]
+    assert spans.told(text, [Word(0, 2, 1.0), *between]) == [(0, 2, 1.0)]
+
+
 def test_join_takes_the_strongest_words_and_their_gap() -> None:
     words = [
         Word(0, 3, 0.4),
