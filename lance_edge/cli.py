@@ -8,6 +8,7 @@ import functools
 import io
 import json
 import os
+import re
 import signal
 import sys
 import traceback
@@ -88,7 +89,6 @@ def new_tool(what: str, no_args_is_help: bool = True) -> typer.Typer:
 
 app = typer.Typer(
     cls=Commands,
-    help="Screen prompts on this machine, and repair those that can be.",
     epilog="Exit codes: 0 nothing flagged, 1 something flagged, 2 wrong usage, "
     "3 something could not be screened, 130 interrupted.",
     no_args_is_help=True,
@@ -96,6 +96,26 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def show_version(asked: bool) -> None:
+    """Show it and end, before a command is looked for."""
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=show_version, is_eager=True, help="Show the version and end."
+        ),
+    ] = False,
+) -> None:
+    """Screen prompts on this machine, and repair those that can be."""
+
 
 BundleOption = Annotated[
     Path | None,
@@ -238,6 +258,7 @@ def screen(
 ) -> int:
     """Screen prompts: one per line, JSON line or CSV row."""
     items = read_items(prompts, field, input_format, text)
+    hint_at_quotes(prompts, text, quiet)
     with load(
         bundle,
         device,
@@ -280,6 +301,7 @@ def refine(
 ) -> int:
     """Screen prompts, and rewrite those that can be repaired. Needs `lance-edge pull` once."""
     items = read_items(prompts, field, input_format, text)
+    hint_at_quotes(prompts, text, quiet)
     offer_pull(bundle, public_key, plans)
     rules = read_policy(policy_file)
     if max_steps is not None:
@@ -503,6 +525,19 @@ def each_verdict(
             f"{counts['failed']:,} not screened{blank}"
         )
     return counts
+
+
+def hint_at_quotes(arguments: Sequence[str], as_text: bool, quiet: bool) -> None:
+    """Say so where words look like one prompt whose quotation marks were left out."""
+    if quiet or as_text or len(arguments) < 3:
+        return
+    if all(
+        re.fullmatch(r"[^\W\d_][\w'\u2019-]*[.,;:!?]?", argument) for argument in arguments
+    ) and not any(Path(argument).exists() for argument in arguments):
+        complain(
+            f"{len(arguments)} words are read as {len(arguments)} prompts; "
+            "put quotation marks around a prompt of several words"
+        )
 
 
 def code_of(counts: Mapping[str, int]) -> int:

@@ -284,9 +284,7 @@ class Pipeline:
             severity=_by_name(names, labels.severity),
             deviation=_by_name(names, labels.deviation),
             distribution=_by_name(("none", *names), labels.distribution),
-            spans=hazard_spans(
-                prompt.text, labels.windows, flagged, self.policy.thresholds, names
-            ),
+            spans=hazard_spans(prompt.text, labels.windows, flagged, self.policy.thresholds, names),
             gradients=found,
             look=1 if reading is None else 2,
             tokens=sum(len(window.ids) for window in prompt.windows),

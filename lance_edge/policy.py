@@ -120,14 +120,16 @@ def _thresholds(
         return {}
     if not isinstance(change, Mapping):
         change = {ALL: change}
+    for name, value in change.items():
+        if name != ALL:
+            _check_name(name, names)
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
+            whose = "for all categories" if name == ALL else f"of {name}"
+            raise InvalidOption(
+                f"the threshold {whose} must be a number above 0 and at most 1, not {value!r}"
+            )
     changes = dict.fromkeys(names, change[ALL]) if ALL in change else {}
     changes |= {name: value for name, value in change.items() if name != ALL}
-    for name, value in changes.items():
-        _check_name(name, names)
-        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
-            raise InvalidOption(
-                f"the threshold of {name} must be a number above 0 and at most 1, not {value!r}"
-            )
     return {name: float(value) for name, value in changes.items()}
 
 

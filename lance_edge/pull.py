@@ -45,6 +45,8 @@ def pull(
     spec = bundle.manifest.refiner
     if spec is None:
         raise BundleError(f"{bundle.path} has no refiner, so there is nothing to pull")
+    if base is not None and spec.base is not None:
+        base = _find(spec.base, base)  # a wrong path is an error, also where nothing is to be done
     target = weights_path(bundle, spec)
     if target.is_file() and is_whole(target, spec):
         return target

@@ -79,10 +79,12 @@ class Report:
 
     def _row(self, item: Item, verdict: Verdict) -> None:
         highest = max(verdict.severity, key=verdict.severity.__getitem__)
-        shown = verdict.flagged[:3] or (highest,)
         scores = ", ".join(
-            f"{name} {verdict.severity[name]:.2f}±{verdict.deviation[name]:.2f}" for name in shown
+            f"{name} {verdict.severity[name]:.2f}±{verdict.deviation[name]:.2f}"
+            for name in verdict.flagged[:3] or (highest,)
         )
+        if not verdict.flagged:
+            scores = f"(highest: {scores})"
         decision = self._paint(f"{verdict.decision:<7}", verdict.decision)
         text = " ".join((item.text or "").split())
         excerpt = text if len(text) <= EXCERPT else text[: EXCERPT - 1] + "…"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -13,7 +14,8 @@ import typer
 from lance_edge.cli import PublicKeyOption, exits, new_tool
 from lance_edge.errors import InvalidOption, InvalidPrompt
 from lance_edge.report import Steps
-from lance_edge_engines.plan_record import PlanPrecision
+from lance_edge_engines import DeviceUnavailable
+from lance_edge_engines.plan_record import PlanPrecision, RuntimeName
 from lance_edge_export.cli import PROMPTS
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ app = new_tool("Build TensorRT plans of a bundle.")
 @app.command()
 @exits
 def plan(
-    runtime: Annotated[Literal["tensorrt", "rtx"], typer.Option(help="What will run the plans.")],
+    runtime: Annotated[RuntimeName, typer.Option(help="What will run the plans.")],
     out: Annotated[Path, typer.Option(help="A new folder for the plans.")],
     bundle: Annotated[
         Path | None,
@@ -94,6 +96,7 @@ def plan(
     public_key: PublicKeyOption = None,
 ) -> int:
     """Build TensorRT plans of the screener and the refiner, which `tensorrt` or `tensorrt_rtx` run."""
+    check_extra(runtime)
     from lance_edge.bundle import open_bundle
     from lance_edge.graphs import PARTS
     from lance_edge_export.to_plan import PlanOptions, build_plans, summary
@@ -118,6 +121,13 @@ def plan(
         typer.echo(line)
     typer.echo(f"wrote {out}")
     return 0
+
+
+def check_extra(runtime: RuntimeName) -> None:
+    """Raise DeviceUnavailable without what graphs are read with: a runtime's extra brings it too."""
+    for module in ("onnx", "ml_dtypes"):
+        if find_spec(module) is None:
+            raise DeviceUnavailable(f"{module} is not installed; install `lance-edge[{runtime}]`")
 
 
 def read_calibration(

