@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from io import BytesIO
@@ -185,6 +186,10 @@ class BaseSpec:
     sha256: str
     bytes: int
 
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[^=\s]+==[^=\s]+", self.package):
+            raise BundleError(f"the base's package must be name==version, not {self.package!r}")
+
 
 @dataclass(frozen=True)
 class RefinerSpec:
@@ -198,6 +203,8 @@ class RefinerSpec:
     context        positions the graph covers, in tokens
     prompt_tokens  the longest prompt it reads
     least_kept     share of the words outside the hazard that a rewrite must keep, in order
+    least_known    share of a prompt's words that the screener's vocabulary must have, else the prompt is
+                   taken to be in a language that the refiner cannot write; 0 to rewrite any
     """
 
     graph: str
@@ -213,8 +220,12 @@ class RefinerSpec:
     template: Template
     base: BaseSpec | None
     weights: FileEntry
+    least_known: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("least_kept", "least_known"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise BundleError(f"{name} must be 0 to 1, not {getattr(self, name)!r}")
         if (self.base is None) != (self.delta is None):
             raise BundleError("a refiner needs both a base and a delta, or neither of them")
         if self.precision not in PRECISIONS:

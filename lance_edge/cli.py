@@ -130,7 +130,9 @@ PublicKeyOption = Annotated[
         show_default="$LANCE_EDGE_PUBLIC_KEY",
     ),
 ]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+DeviceOption = Annotated[
+    str, typer.Option("--device", help="auto (the CPU for int8 bundles), cpu or cuda.")
+]
 PlansOption = Annotated[
     Path | None,
     typer.Option(

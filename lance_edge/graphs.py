@@ -24,7 +24,8 @@ PARTS: tuple[Part, ...] = ("screener", "refiner")
 class Graphs:
     """A bundle's graphs, and where each of them runs.
 
-    device   "auto" or one of `lance_edge_engines.BACKENDS`, for graphs without a plan
+    device   "auto" or one of `lance_edge_engines.BACKENDS`, for graphs without a plan; "auto" runs
+             int8 graphs on the CPU
     threads  CPU threads for one run; None for one per physical core
     plans    what `lance-edge plan` built, by part; they lie in `folder`
     """
@@ -39,15 +40,17 @@ class Graphs:
         """Raises SessionError; DeviceUnavailable and PlanStale are such."""
         if "screener" in self.plans:
             return self._planned("screener")
-        graph = self.bundle.read(self.bundle.manifest.screener.graph)
-        return open_session(graph, self.device, self.threads)
+        spec = self.bundle.manifest.screener
+        device = self._device(spec.precision)
+        return open_session(self.bundle.read(spec.graph), device, self.threads)
 
     def refiner(self, spec: RefinerSpec) -> Session:
         """Raises RefinerMissing, BundleError, SessionError. A plan holds its weights."""
         if "refiner" in self.plans:
             return self._planned("refiner")
         weights = open_weights(self.bundle, spec)
-        return open_session(self.bundle.read(spec.graph), self.device, self.threads, weights)
+        device = self._device(spec.precision)
+        return open_session(self.bundle.read(spec.graph), device, self.threads, weights)
 
     def has_refiner(self) -> bool:
         """Whether the bundle has a refiner, and its weights are on this machine."""
@@ -55,6 +58,10 @@ class Graphs:
         return spec is not None and (
             "refiner" in self.plans or weights_path(self.bundle, spec).is_file()
         )
+
+    def _device(self, precision: str) -> str:
+        """ONNX Runtime's 8-bit products have no CUDA kernels: each would cross the bus to the CPU and back."""
+        return "cpu" if self.device == "auto" and precision == "int8" else self.device
 
     def _planned(self, part: Part) -> Session:
         from lance_edge_engines.trt import open_plan  # the runtime, for those who have plans

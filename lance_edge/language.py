@@ -25,16 +25,9 @@ class LanguageTokenizer:
             raise BundleError(f"the refiner's tokenizer cannot be read: {error}") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self.control = frozenset(
-            index
-            for index, token in self._tokenizer.get_added_tokens_decoder().items()
-            if token.special
-        )
-        self._control_texts = [
-            token.content
-            for token in self._tokenizer.get_added_tokens_decoder().values()
-            if token.special
-        ]
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.control = frozenset(index for index, token in added.items() if token.special)
+        self._control_texts = [token.content for token in added.values() if token.special]
         self._tokenizer.encode_special_tokens = False
         self.prefix = self._with_controls(template.prefix)
         self._read = self._with_controls(template.read)
@@ -45,6 +38,11 @@ class LanguageTokenizer:
         for name, opening in (("read", self._read), ("write", self._write)):
             if not opening or opening[0] not in self.control:
                 raise BundleError(f"the template's {name} must begin with a control token")
+        for index in {*self.prefix, *self._read, *self._write} & set(added) - self.control:
+            raise BundleError(
+                f"the template's {added[index].content!r} is an added token that is not special, so a user "
+                "could type it; mark it special in tokenizer.json"
+            )
         self.end = end[0]
         self.size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self._tokenizer.encode_special_tokens = True

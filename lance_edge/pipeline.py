@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 Looks = Literal["1", "2", "auto"]
 
 MAX_CHARS = 1_000_000
+FEWEST_JUDGED = 3  # words from which on a prompt is asked for its language
 
 
 @dataclass(frozen=True)
@@ -230,6 +231,14 @@ class Pipeline:
                 f"{refiner.tokenizer.count(prompt)}"
             )
             return replace(verdict, decision=self.policy.unrepaired, reason=reason)
+        known, total = self.tokenizer.known_words(prompt)
+        # One known word is added, so that a short prompt is not judged by one rare word.
+        if total >= FEWEST_JUDGED and (known + 1) / (total + 1) < refiner.least_known:
+            reason = (
+                "it does not seem to be in a language that the refiner writes: of its "
+                f"{total} words {known} are known"
+            )
+            return replace(verdict, decision=self.policy.unrepaired, reason=reason)
 
         def rewrite(critique: str) -> Rewrite:
             return refiner.rewrite(current.reading or refiner.read(current.prompt.text), critique)
@@ -313,7 +322,8 @@ def load(
 ) -> Pipeline:
     """A pipeline from a bundle's folder; the default bundle if none is given.
 
-    device      "auto", or one of `lance_edge_engines.BACKENDS`; only "auto" may choose another
+    device      "auto": the CPU for int8 graphs, for others CUDA if it is there; or one of
+                `lance_edge_engines.BACKENDS`, and no other
     thresholds  severities from which on categories are flagged, in place of the bundle's: one for
                 all, or by category, where "*" stands for those that are not named
     rules       other changes to the bundle's policy: see `lance_edge.policy.policy`
@@ -357,8 +367,6 @@ def load(
     tokenizer = Tokenizer(opened.read(spec.tokenizer), spec.window, spec.overlap)
     graphs = open_graphs(opened, device, threads, None if plans is None else Path(plans))
     session = graphs.screener()
-    if "screener" not in graphs.plans:
-        graphs = replace(graphs, device=session.device)  # what "auto" chose
     calibration = [opened.calibration[name] for name in chosen.categories]
     screener = Screener(session, calibration)
     if looks == "auto" and not graphs.has_refiner():
@@ -382,7 +390,9 @@ def open_refiner(graphs: Graphs, spec: RefinerSpec) -> Refiner:
     decoder = Decoder(session, bundle.arrays(spec.prefix), len(tokenizer.prefix), spec.context)
     look = bundle.second_look()
     calibration = [look.calibration[category.name] for category in bundle.categories]
-    return Refiner(decoder, tokenizer, calibration, spec.prompt_tokens, spec.least_kept)
+    return Refiner(
+        decoder, tokenizer, calibration, spec.prompt_tokens, spec.least_kept, spec.least_known
+    )
 
 
 def _by_name(names: Sequence[str], values: FloatArray) -> dict[str, float]:

@@ -63,6 +63,7 @@ class Refiner:
     calibration    of the second look, in the taxonomy's order
     prompt_tokens  the longest prompt it reads
     least_kept     share of the words outside the hazard that a rewrite must keep, in order
+    least_known    share of a prompt's words that must be known, for it to be in a language that it writes
     """
 
     def __init__(
@@ -72,11 +73,13 @@ class Refiner:
         calibration: Sequence[Calibration],
         prompt_tokens: int,
         least_kept: float,
+        least_known: float = 0.0,
     ) -> None:
         self.decoder = decoder
         self.tokenizer = tokenizer
         self.prompt_tokens = prompt_tokens
         self.least_kept = least_kept
+        self.least_known = least_known
         self.slope = np.array([item.slope for item in calibration])
         self.intercept = np.array([item.intercept for item in calibration])
 

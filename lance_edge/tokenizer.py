@@ -75,6 +75,26 @@ class Tokenizer:
             windows += [_placed(window, places) for window in self._windows(words)]
         return windows
 
+    def known_words(self, text: str) -> tuple[int, int]:
+        """How many words of a text's first window are one token, and how many there are.
+
+        A language that the vocabulary was not made for is read in pieces, or letter by letter.
+        """
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        unknown = getattr(self._tokenizer.model, "unk_token", None)
+        words: dict[int, list[str]] = {}
+        for token, word in zip(encoding.tokens, encoding.word_ids, strict=True):
+            words.setdefault(word, []).append(token)
+        known = total = 0
+        for word, tokens in words.items():
+            start, end = encoding.word_to_chars(word)
+            written = text[start:end]
+            if any(map(str.isalpha, written)):
+                total += 1
+                is_word = len(written) > 1 or written.isascii()  # not a letter of another alphabet
+                known += is_word and len(tokens) == 1 and tokens[0] != unknown
+        return known, total
+
     def _windows(self, text: str) -> list[Window]:
         first = self._tokenizer.encode(text)
         return [_window(encoding) for encoding in [first, *first.overflowing]]

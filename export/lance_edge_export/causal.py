@@ -54,6 +54,7 @@ def export_checkpoint(
     categories: Sequence[str],
     precision: Precision,
     least_kept: float,
+    least_known: float,
     samples: Sequence[Sample],
     workspace: Path,
 ) -> refiner.RefinerFiles:
@@ -103,6 +104,7 @@ def export_checkpoint(
         template=template,
         base=None,
         weights=written[precision],
+        least_known=least_known,
     )
     graph = decoder_graph(network.shape, len(categories), precision, context)
     neutral = Calibration(slope=1.0, intercept=0.0, threshold=0.5)

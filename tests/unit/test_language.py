@@ -169,3 +169,15 @@ def test_an_end_that_is_not_one_control_token_is_refused(end: str) -> None:
 def test_a_template_without_a_part_is_refused(part: str) -> None:
     with pytest.raises(BundleError, match=part):
         fake_refiner.language(replace(TEMPLATE, **{part: ""}))
+
+
+def test_a_template_that_a_user_could_type_is_refused() -> None:
+    made = fake_refiner.tokenizer()
+    made.add_tokens(["<think>"])
+    template = replace(TEMPLATE, write=f"{TEMPLATE.write}<think>")
+    with pytest.raises(BundleError, match="'<think>' is an added token that is not special"):
+        LanguageTokenizer(made.to_str().encode(), template)
+    made = fake_refiner.tokenizer()
+    made.add_special_tokens(["<think>"])
+    language = LanguageTokenizer(made.to_str().encode(), template)
+    assert not language.control & set(language.encode("<think>"))

@@ -445,6 +445,28 @@ def test_the_network_itself_gives_a_verdict_by_the_rules(guard: lance_edge.Pipel
         assert verdict.flagged == guard.screen(prompt).flagged
 
 
+@pytest.mark.parametrize(
+    ("prompt", "known", "total"),
+    [("bomb xx yy zz", 1, 4), ("bomb \u043a\u0430\u043a \u70b8\u5f39", 1, 3)],
+)
+def test_a_prompt_in_another_language_is_not_rewritten(
+    guard: lance_edge.Pipeline,
+    monkeypatch: pytest.MonkeyPatch,
+    prompt: str,
+    known: int,
+    total: int,
+) -> None:
+    monkeypatch.setattr(guard.refiner, "least_known", 0.55)
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, "step", fail)
+        verdict = guard.refine(prompt)
+    assert (verdict.decision, verdict.refined) == ("block", None)
+    assert verdict.reason is not None
+    assert verdict.reason.endswith(f"of its {total} words {known} are known")
+    for other in ("bomb xx", "bomb the hello zz", "bomb 1 2 3 ( ) 4"):
+        assert guard.refine(other).steps
+
+
 def test_a_prompt_longer_than_the_refiner_reads_is_not_rewritten(
     guard: lance_edge.Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:

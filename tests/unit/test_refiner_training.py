@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 
 import lance_edge
 from lance_edge.bundle import open_bundle
-from lance_edge.errors import ParityError
+from lance_edge.errors import BundleError, ExportError, ParityError
 from lance_edge.pull import pull
 from lance_edge.weights import merge
 from lance_edge_export import refiner as exporter
@@ -344,7 +344,14 @@ def refined_bundle(
         patch.setattr(exporter, "CONTEXT", tiny_refiner.CONTEXT)
         patch.setattr(exporter, "PROMPT_TOKENS", tiny_refiner.PROMPT_TOKENS)
         exported = exporter.export_refiner(
-            checkpoint, base, tiny_refiner.PACKAGE, tiny_refiner.MEMBER, 0.5, samples
+            checkpoint,
+            base,
+            tiny_refiner.PACKAGE,
+            tiny_refiner.MEMBER,
+            tiny.CATEGORIES,
+            least_kept=0.5,
+            least_known=0.25,
+            samples=samples,
         )
     out = tmp_path_factory.mktemp("exported") / "bundle"
     gradients = (bundle / "gradients.json").read_bytes()
@@ -359,6 +366,8 @@ def test_an_exported_refiner_is_pulled_and_refines(
     opened = open_bundle(refined_bundle)
     assert opened.manifest.version == "2"
     assert opened.manifest.parity["refiner fp32"]["agreement"] >= 0.999
+    assert opened.manifest.refiner is not None
+    assert opened.manifest.refiner.least_known == 0.25
     weights = pull(opened, base)
     assert weights.stat().st_size == opened.manifest.refiner.weights.bytes  # type: ignore[union-attr]
     with lance_edge.load(refined_bundle, "cpu") as guard:
@@ -373,7 +382,22 @@ def test_an_export_that_changes_too_much_fails(
     monkeypatch.setattr(exporter, "LEAST_AGREEMENT", {"fp32": 1.01, "int8": 0.0})
     samples = [("hello", "no violence", "hello the cake")]
     with pytest.raises(ParityError, match="next tokens agree"):
-        exporter.export_refiner(checkpoint, base, "a==1", "b", 0.5, samples)
+        exporter.export_refiner(checkpoint, base, "a==1", "b", tiny.CATEGORIES, 0.5, 0.0, samples)
+
+
+@pytest.mark.parametrize(
+    "categories", [tiny.CATEGORIES[::-1], tiny.CATEGORIES[:2], ("violence", "privacy", "children")]
+)
+def test_a_refiner_of_other_categories_is_refused(
+    checkpoint: Path, base: Path, categories: tuple[str, ...]
+) -> None:
+    with pytest.raises(ExportError, match="was trained with the categories violence, privacy"):
+        exporter.export_refiner(checkpoint, base, "a==1", "b", categories, 0.5, 0.0, [])
+
+
+def test_a_package_is_a_name_and_a_version(checkpoint: Path, base: Path) -> None:
+    with pytest.raises(BundleError, match="name==version, not 'tiny-base'"):
+        exporter.export_refiner(checkpoint, base, "tiny-base", "b", tiny.CATEGORIES, 0.5, 0.0, [])
 
 
 def test_the_second_look_is_calibrated_on_the_calibration_half(

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 
+from lance_edge import graphs
+from lance_edge.bundle import open_bundle
+from lance_edge.graphs import open_graphs
 from lance_edge_engines import (
     BACKENDS,
     DeviceUnavailable,
@@ -113,3 +118,27 @@ def test_closed_sessions_refuse(graph: bytes) -> None:
 def test_fake_session_computes() -> None:
     session = FakeSession(lambda inputs: {"sum": inputs["ids"].sum(-1)})
     assert session.run(INPUTS)["sum"].tolist() == [9]
+
+
+@pytest.mark.parametrize(
+    ("asked", "precision", "expected"),
+    [("auto", "int8", "cpu"), ("auto", "fp16", "auto"), ("cuda", "int8", "cuda")],
+)
+def test_auto_runs_int8_on_the_cpu(
+    tiny_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: str,
+    precision: str,
+    expected: str,
+) -> None:
+    """ONNX Runtime has no CUDA kernels for the products of int8 graphs."""
+    opened = open_bundle(tiny_bundle)
+    manifest = replace(
+        opened.manifest, screener=replace(opened.manifest.screener, precision=precision)
+    )
+    chosen: list[str] = []
+    monkeypatch.setattr(
+        graphs, "open_session", lambda graph, device, threads: chosen.append(device)
+    )
+    open_graphs(replace(opened, manifest=manifest), asked).screener()
+    assert chosen == [expected]

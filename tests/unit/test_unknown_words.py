@@ -64,6 +64,9 @@ def test_other_models_are_left_as_they_are() -> None:
     assert splitting_unknown(tokenizer) == tokenizer
     with pytest.raises(ExportError, match="cannot be changed"):
         splitting_unknown(b"[]")
+    older = json.loads(tokenizer)
+    del older["model"]["type"]  # as early files have it
+    assert splitting_unknown(json.dumps(older).encode()) == json.dumps(older).encode()
     values = json.loads(wordpiece())
     values["pre_tokenizer"] = None
     assert pieces(splitting_unknown(json.dumps(values).encode()), "kill→you") == [
@@ -96,3 +99,10 @@ def test_the_default_bundles_tokenizer_was_made_so() -> None:
     tokenizer.no_truncation()
     found = tokenizer.encode("a" * 5000)
     assert len(found.ids) > 1000 and len(set(found.tokens)) < 60
+
+
+def test_a_vocabulary_without_single_characters_stays_readable() -> None:
+    vocabulary = {word: index for index, word in enumerate(WORDS[:6])}
+    model = tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=9)
+    found = splitting_unknown(tokenizers.Tokenizer(model).to_str().encode())
+    assert pieces(found, "bomb") == ["bomb"]
