@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import UnionType
 from typing import Annotated, Any, Literal
 
 import typer
@@ -90,18 +92,18 @@ def screener(
     from lance_edge_export.screener import Wishes, export_bundle, with_taxonomy
     from lance_edge_export.unknown_words import splitting_unknown
 
-    texts = [row["prompt"] for row in records(prompts or PROMPTS, "prompt")]
+    texts = [row["prompt"] for row in records(prompts or PROMPTS, prompt=str)]
     if not texts:
         raise ExportError(f"{prompts} holds no prompts for the parity gate")
     golden = texts[:GOLDENS]
     if golden_prompts is not None:
-        lines = golden_prompts.read_text(encoding="utf-8").split("\n")
-        golden = [line for line in lines if line.strip()]
+        golden = [line for line in read_text(golden_prompts).split("\n") if line.strip()]
+    check_prompts({*texts, *golden})
     check_replaceable(out, is_bundle(out), "a bundle")
     read = read_checkpoint(checkpoint, benign or (), window)
     if taxonomy is not None:
         try:
-            entries = json.loads(taxonomy.read_text(encoding="utf-8"))
+            entries = json.loads(read_text(taxonomy))
         except ValueError as error:
             raise ExportError(f"{taxonomy} is not valid JSON ({error})") from error
         read = replace(read, taxonomy=with_taxonomy(read.taxonomy, entries))
@@ -236,23 +238,62 @@ def read_samples(
 
     if pairs is None:
         return golden_samples(bundle, templates)
-    found = (row for row in records(pairs, "prompt", "gradient", "refined") if row["refined"])
+    found = (
+        row
+        for row in records(pairs, prompt=str, gradient=dict, refined=str | None)
+        if row["refined"]
+    )
     rows = list(islice(found, PARITY_PAIRS))
     if not rows:
         raise ExportError(f"{pairs} holds no records with a rewrite for the parity gate")
-    return [(row["prompt"], "\n".join(row["gradient"].values()), row["refined"]) for row in rows]
+    return [
+        (row["prompt"], "\n".join(map(str, row["gradient"].values())), row["refined"])
+        for row in rows
+    ]
 
 
-def records(path: Path, *keys: str) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file, each with these keys. Raises ExportError, with the line."""
+def records(path: Path, **kinds: type | UnionType) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON-lines file, each with these keys, of these types.
+
+    Raises ExportError, with the record's number.
+    """
     from lance_edge.errors import ExportError
-    from lance_edge_training.data import read_rows
+    from lance_edge_training.data import DataError, read_rows
 
     try:
         for number, row in enumerate(read_rows(path), 1):
-            if not isinstance(row, dict) or (lacking := [key for key in keys if key not in row]):
-                lacked = ", ".join(lacking) if isinstance(row, dict) else "an object's braces"
-                raise ExportError(f"{path}, record {number}, lacks {lacked}")
+            place = f"{path}, record {number},"
+            if not isinstance(row, dict):
+                raise ExportError(f"{place} is no object")
+            if lacking := [key for key in kinds if key not in row]:
+                raise ExportError(f"{place} lacks {', '.join(lacking)}")
+            for key, kind in kinds.items():
+                if not isinstance(row[key], kind):
+                    raise ExportError(f"{place} has {row[key]!r} for {key}")
             yield row
-    except ValueError as error:  # a line that is not JSON, or not UTF-8
+    except DataError as error:
         raise ExportError(str(error)) from error
+    except (UnicodeDecodeError, EOFError, zlib.error) as error:  # or a .gz that was cut short
+        raise ExportError(f"{path} cannot be read: {error}") from error
+
+
+def read_text(path: Path) -> str:
+    """Raises ExportError for a file that is not UTF-8."""
+    from lance_edge.errors import ExportError
+
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ExportError(f"{path} is not valid UTF-8 (byte {error.start + 1})") from error
+
+
+def check_prompts(texts: Iterable[str]) -> None:
+    """Raise ExportError unless all can be screened, before anything is exported."""
+    from lance_edge.errors import ExportError, InvalidPrompt
+    from lance_edge.tokenizer import check_text
+
+    for text in texts:
+        try:
+            check_text(text)
+        except InvalidPrompt as error:
+            raise ExportError(f"the prompt {text[:40]!r} cannot be used: {error}") from error

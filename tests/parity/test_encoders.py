@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -413,14 +414,33 @@ def test_a_window_must_fit_the_encoder(tmp_path: Path) -> None:
     [
         ("{", r"prompts\.jsonl, line 1: "),
         ('{"text": "hello"}', r"prompts\.jsonl, record 1, lacks prompt"),
-        ('["hello"]', r"prompts\.jsonl, record 1, lacks an object's braces"),
+        ('["hello"]', r"prompts\.jsonl, record 1, is no object"),
+        ('{"prompt": 5}', r"prompts\.jsonl, record 1, has 5 for prompt"),
+        ('{"prompt": null}', r"prompts\.jsonl, record 1, has None for prompt"),
     ],
 )
 def test_a_bad_record_is_named(line: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text(line + "\n")
     with pytest.raises(ExportError, match=message):
-        list(cli.records(path, "prompt"))
+        list(cli.records(path, prompt=str))
+
+
+def test_a_file_that_was_cut_short_is_named(tmp_path: Path) -> None:
+    whole = gzip.compress(b'{"prompt": "hello"}\n' * 1000)
+    path = tmp_path / "prompts.jsonl.gz"
+    path.write_bytes(whole[:-9])
+    with pytest.raises(ExportError, match=r"prompts\.jsonl\.gz cannot be read"):
+        list(cli.records(path, prompt=str))
+
+
+def test_golden_prompts_are_looked_at_first(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"'hello.*' cannot be used: the prompt has a NUL"):
+        cli.check_prompts(["hello", "hello\0"])
+    path = tmp_path / "golden.txt"
+    path.write_bytes(b"hello \xff")
+    with pytest.raises(ExportError, match=r"golden\.txt is not valid UTF-8 \(byte 7\)"):
+        cli.read_text(path)
 
 
 def test_a_folder_that_is_no_bundle_is_not_replaced(tmp_path: Path) -> None:
@@ -439,6 +459,7 @@ def test_a_taxonomy_must_fit() -> None:
     found = [{"name": name, "title": name, "action": "block"} for name in "ab"]
     given = [{"name": name, "title": name.upper(), "action": "review"} for name in "ba"]
     assert [entry["title"] for entry in with_taxonomy(found, given)] == ["A", "B"]
-    for wrong in (given[:1], [*given, given[0]], ["a", "b"], [{"title": "A"}]):
+    deny = [given[0], {**given[1], "action": "deny"}]
+    for wrong in (given[:1], [*given, given[0]], ["a", "b"], [{"title": "A"}], 5, deny):
         with pytest.raises(ExportError, match="taxonomy"):
             with_taxonomy(found, wrong)
