@@ -48,20 +48,31 @@ def open_weights(bundle: Bundle, spec: RefinerSpec) -> Mapping[str, Array]:
         raise BundleCorrupt(path, "is a symbolic link, which a bundle may not hold")
     if not path.is_file():
         raise BundleFileMissing(path) if own else RefinerMissing(path)
-    if not is_whole(path, spec):
+    size = path.stat().st_size
+    # All of what is mapped is hashed at once, and Python is free meanwhile for other threads.
+    mapped = map_file(path) if size and size == spec.weights.bytes else None
+    if mapped is None or hashlib.sha256(mapped).hexdigest() != spec.weights.sha256:
         remedy = "copy or export the bundle again" if own else "run `lance-edge pull` again"
         raise BundleCorrupt(path, "does not have the SHA-256 that the manifest says", remedy)
     entries = layout(spec.shape, len(bundle.categories), precision_of(spec))
-    size = path.stat().st_size
     if total_bytes(entries) != size:
         raise BundleCorrupt(path, f"has {size} bytes and its layout {total_bytes(entries)}")
-    return map_weights(path, entries)
+    return arrays_in(mapped, entries)
 
 
 def map_weights(path: Path, entries: Sequence[Entry]) -> Mapping[str, Array]:
     """The arrays of a weights file by name, mapped."""
+    return arrays_in(map_file(path), entries)
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """The file's contents, mapped; what is written to them stays in this process."""
     with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+
+def arrays_in(mapped: mmap.mmap, entries: Sequence[Entry]) -> Mapping[str, Array]:
+    """The arrays of a mapped weights file by name."""
     return {
         entry.name: np.frombuffer(
             mapped, entry.dtype, int(np.prod(entry.shape)), entry.offset

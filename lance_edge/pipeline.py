@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import numpy as np
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lance_edge_engines.plan_record import PlanEntry
 
 Looks = Literal["1", "2", "auto"]
+T = TypeVar("T")
 
 MAX_CHARS = 1_000_000
 FEWEST_JUDGED = 3  # words from which on a prompt is asked for its language
@@ -385,14 +386,37 @@ def load(
 def open_refiner(graphs: Graphs, spec: RefinerSpec) -> Refiner:
     """The bundle's refiner. Raises RefinerMissing, BundleError, SessionError."""
     bundle = graphs.bundle
+    opened = _beside(partial(graphs.refiner, spec))  # hashes the weights: a tenth of a second
     tokenizer = LanguageTokenizer(bundle.read(spec.tokenizer), spec.template)
-    session = graphs.refiner(spec)
+    session = opened()
     decoder = Decoder(session, bundle.arrays(spec.prefix), len(tokenizer.prefix), spec.context)
     look = bundle.second_look()
     calibration = [look.calibration[category.name] for category in bundle.categories]
     return Refiner(
         decoder, tokenizer, calibration, spec.prompt_tokens, spec.least_kept, spec.least_known
     )
+
+
+def _beside(task: Callable[[], T]) -> Callable[[], T]:
+    """Starts a task in a thread; what comes back waits for its result, or raises its error."""
+    results: list[T] = []
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            results.append(task())
+        except Exception as error:
+            errors.append(error)
+
+    def result() -> T:
+        thread.join()
+        if errors:
+            raise errors[0]
+        return results[0]
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return result
 
 
 def _by_name(names: Sequence[str], values: FloatArray) -> dict[str, float]:

@@ -157,6 +157,8 @@ def _open(
     # Planning which buffers to use again takes four fifths of a language model's start, and saves it
     # neither time nor memory. Smaller graphs are planned quickly, and gain a little.
     options.enable_mem_reuse = not weights
+    if weights:  # its graph is fused when it is exported; looking for more to fuse takes 60 ms
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry(EXTERNAL_FOLDER, NOWHERE)
     # ONNX Runtime's own format would be loaded unchecked.
     options.add_session_config_entry("session.load_model_format", "ONNX")

@@ -275,8 +275,8 @@ class Builder:
         """Of the gate."""
         if self.shape.activation == "gelu_tanh":
             return self.add("Gelu", [f"{name}gate"], f"{name}gelu", approximate="tanh")
-        self.add("Sigmoid", [f"{name}gate"], f"{name}sigmoid")
-        return self.add("Mul", [f"{name}gate", f"{name}sigmoid"], f"{name}silu")
+        # x * sigmoid(alpha * x): what ONNX Runtime would make of Sigmoid and Mul.
+        return self.add("QuickGelu", [f"{name}gate"], f"{name}silu", alpha=1.0, domain=CONTRIBUTED)
 
     def rotate_gated(self, x: str) -> str:
         """Spread outliers over their block (see `make_weights`)."""

@@ -217,6 +217,12 @@ class PlainBuilder(Builder):
             "ScatterND", [f"past.{name}", "written", self.narrowed(new)], f"present.{name}"
         )
 
+    def activation(self, name: str) -> str:
+        if self.shape.activation == "gelu_tanh":
+            return super().activation(name)
+        self.add("Sigmoid", [f"{name}gate"], f"{name}sigmoid")
+        return self.add("Mul", [f"{name}gate", f"{name}sigmoid"], f"{name}silu")
+
     def rotate_gated(self, x: str) -> str:
         return super().rotate_gated(x) if self.integers else x
 
