@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 
 from lance_edge_engines.cuda import Gpu
+from lance_edge_engines.session import SessionError
 
 MAGIC = b"fake plan "
 DTYPES = {
@@ -53,6 +54,7 @@ class FakeMemory:
     def __init__(self, gpu: Gpu = ORIN) -> None:
         self.gpu, self.stream = gpu, 7
         self.used = False
+        self.full = False  # whether the next block finds no room
         self.own: list[int] = []
 
     def use(self) -> None:
@@ -63,6 +65,9 @@ class FakeMemory:
 
     def allocate(self, size: int) -> int:
         assert self.used, "no device was made current"
+        if self.full:
+            self.full = False
+            raise SessionError("the CUDA driver's cuMemAlloc_v2 failed: out of memory (2)")
         block = (ctypes.c_ubyte * max(size, 1))()
         address = ctypes.addressof(block)
         self.BLOCKS[address] = block

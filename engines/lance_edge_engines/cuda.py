@@ -41,6 +41,10 @@ _CALLS: dict[str, tuple[Any, ...]] = {
 }
 
 
+class NoSuchGpu(DeviceUnavailable):
+    """The driver lists GPUs, and none of this number."""
+
+
 @dataclass(frozen=True)
 class Gpu:
     """A device: its name and compute capability, as in sm_87."""
@@ -81,7 +85,7 @@ class Memory(Protocol):
 
 
 class Device:
-    """A GPU by its number. Raises DeviceUnavailable if there is no driver or no such GPU."""
+    """A GPU by its number. Raises DeviceUnavailable without a driver or a GPU, NoSuchGpu among others."""
 
     def __init__(self, number: int = 0) -> None:
         self._library = _load()
@@ -89,9 +93,8 @@ class Device:
         count = _INT()
         self._call("cuDeviceGetCount", ctypes.byref(count))
         if not 0 <= number < count.value:
-            raise DeviceUnavailable(
-                f"there is no GPU {number}: the driver lists {count.value}, counted from 0"
-            )
+            kind = NoSuchGpu if count.value else DeviceUnavailable
+            raise kind(f"there is no GPU {number}: the driver lists {count.value}, counted from 0")
         device = _INT()
         self._call("cuDeviceGet", ctypes.byref(device), number)
         name = ctypes.create_string_buffer(256)

@@ -60,7 +60,7 @@ class PlanEntry:
     sources       what it was made from: file -> SHA-256, as in the bundle's manifest
     precision     of its products: fp32, fp16, int8 or fp8; an int8 refiner has int8 weights alone
     parity        what 8 bits change; None for floating point
-    targets       compute capabilities it runs on, as in sm_86; empty for all that the runtime knows
+    targets       compute capabilities it runs on, as in sm_86
     gpu           the GPU it was built on and for; None if it was built without one
     version_compatible, hardware_compatible   newer runtimes, and other GPUs from sm_80 on, may run it
     stripped      whether its weights were left out; it cannot be run before they are put back
@@ -68,7 +68,8 @@ class PlanEntry:
     network       layers and types of the parsed graph
     engine        layers, types, inputs and outputs as the runtime has them; None if it was not read back
     not_read_back why it was not
-    build         seconds, cpu_seconds (of all threads), peak_mib: what building took
+    build         seconds, cpu_seconds (of all threads), peak_mib: what building took; timing_lost:
+                  why measured times could not be kept, where that is so
     """
 
     file: str
@@ -167,24 +168,26 @@ def check_plan(
     entry, path = record.plans[name], folder / record.plans[name].file
     if sources is not None:
         check_sources(folder, record, name, sources)
-    reason = _other_version(entry, record.version, version) or _other_gpu(
-        entry, record.runtime, gpu
-    )
+    other_gpu = _other_gpu(entry, record.runtime, gpu)
+    reason = _other_version(entry, record.version, version) or other_gpu
     contents = b"" if reason or path.is_symlink() or not path.is_file() else path.read_bytes()
     if reason is None and hashlib.sha256(contents).hexdigest() != entry.sha256:
         reason = "is missing, or is not the file that plan.json describes"
     if reason:
-        raise PlanStale(f"{path} {reason}; run `{rebuild(folder, record)}`")
+        command = rebuild(folder, record, (gpu.sm,) if other_gpu else None)
+        raise PlanStale(f"{path} {reason}; run `{command}`")
     return contents
 
 
-def rebuild(folder: Path, record: PlanRecord) -> str:
-    """The command that makes a folder's plans again, in a new folder."""
+def rebuild(folder: Path, record: PlanRecord, targets: tuple[str, ...] | None = None) -> str:
+    """The command that makes a folder's plans again, in a new folder.
+
+    targets  what rtx shall build for; None for what it did
+    """
     entry = record.plans.get("screener") or next(iter(record.plans.values()))
     only = "" if len(record.plans) > 1 else f" --only {next(iter(record.plans))}"
-    targets = (
-        f" --target {','.join(entry.targets)}" if record.runtime == "rtx" and entry.targets else ""
-    )
+    wanted = ",".join(entry.targets if targets is None else targets)
+    target = f" --target {wanted}" if record.runtime == "rtx" and wanted else ""
     flags = {
         " --version-compatible": entry.version_compatible,
         " --hardware-compatible": entry.hardware_compatible,
@@ -193,7 +196,7 @@ def rebuild(folder: Path, record: PlanRecord) -> str:
     }
     given = "".join(flag for flag, on in flags.items() if on)
     return (
-        f"lance-edge plan BUNDLE --runtime {record.runtime} --precision {entry.precision}{only}{targets}"
+        f"lance-edge plan BUNDLE --runtime {record.runtime} --precision {entry.precision}{only}{target}"
         f"{given} --out {folder}.new"
     )
 
@@ -229,9 +232,10 @@ def _other_version(entry: PlanEntry, built: str, installed: str) -> str | None:
 
 def _other_gpu(entry: PlanEntry, runtime: RuntimeName, gpu: Gpu) -> str | None:
     if runtime == "rtx":
-        if not entry.targets or gpu.sm in entry.targets:
+        if gpu.sm in entry.targets:
             return None
-        return f"was built for {', '.join(entry.targets)} and this GPU ({gpu.name}) is {gpu.sm}"
+        built = ", ".join(entry.targets) or "GPUs that it does not name"
+        return f"was built for {built} and this GPU ({gpu.name}) is {gpu.sm}"
     if gpu.sm in entry.targets and gpu.name == entry.gpu:
         return None
     ampere = (8, 0)

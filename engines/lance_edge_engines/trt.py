@@ -306,6 +306,7 @@ class PlanSession:
         if address and held >= size:
             return address
         if address:
+            del self._buffers[name]  # first: the device may have no room for another
             self._memory.free(address)
         self._buffers[name] = self._memory.allocate(size), size
         return self._buffers[name][0]

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lance_edge_engines.cuda import Device
+from lance_edge_engines.cuda import Device, NoSuchGpu
 from lance_edge_engines.plan_record import Profile, RuntimeName
 from lance_edge_engines.session import DeviceUnavailable, SessionError
 from lance_edge_engines.trt import collecting_logger, import_runtime
@@ -62,6 +62,7 @@ class Built:
     version: str = ""
     gpu: str | None = None
     sm: str | None = None
+    targets: list[str] = field(default_factory=list)
     network: dict[str, Any] | None = None
     engine: dict[str, Any] | None = None
     not_read_back: str | None = None
@@ -108,13 +109,13 @@ def build(job: Job, progress: Callable[[float], None]) -> Built:
         raise SessionError(f"{job.runtime} cannot build the plan: {complaint(log)}")
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time()
     Path(job.out).write_bytes(plan)
-    if timing is not None and job.timing is not None:
-        Path(job.timing).write_bytes(timing.serialize())
+    lost = None if timing is None else keep_timing(timing, job)
     engine = read_back(trt, log, bytes(plan)) if unread is None else None
     return Built(
         version=trt.__version__,
         gpu=None if device is None else device.gpu.name,
         sm=None if device is None else device.gpu.sm,
+        targets=runs_on(job, trt, device),
         network=describe_network(network),
         engine=engine,
         not_read_back=unread,
@@ -122,6 +123,7 @@ def build(job: Job, progress: Callable[[float], None]) -> Built:
             "seconds": round(seconds, 2),
             "cpu_seconds": round(cpu_seconds, 2),
             "peak_mib": peak_mib(),
+            **({} if lost is None else {"timing_lost": lost}),
         },
     )
 
@@ -185,6 +187,13 @@ def known_targets(trt: Any) -> dict[str, Any]:
     return {f"sm_{name[2:]}": getattr(trt.ComputeCapability, name) for name in names}
 
 
+def runs_on(job: Job, trt: Any, device: Device | None) -> list[str]:
+    """Compute capabilities that the plan is for."""
+    if job.runtime == "tensorrt":
+        return [] if device is None else [device.gpu.sm]
+    return job.targets or list(known_targets(trt))
+
+
 def load_timing(config: Any, job: Job) -> Any:
     """The timing cache in use; None for rtx, which times nothing before a plan runs."""
     if job.runtime == "rtx" or job.timing is None:
@@ -194,6 +203,16 @@ def load_timing(config: Any, job: Job) -> Any:
     if timing is None or not config.set_timing_cache(timing, False):
         raise SessionError(f"{path} is a timing cache of another GPU or version; delete it")
     return timing
+
+
+def keep_timing(timing: Any, job: Job) -> str | None:
+    """Write measured times for the next build; why they cannot be written, which costs no plan."""
+    assert job.timing is not None
+    try:
+        Path(job.timing).write_bytes(timing.serialize())
+    except OSError as error:
+        return str(error)
+    return None
 
 
 def read_back(trt: Any, log: Any, contents: bytes) -> dict[str, Any]:
@@ -267,11 +286,10 @@ def _device(job: Job, trt: Any) -> tuple[Device | None, str | None]:
     try:
         device = Device(job.gpu)
     except DeviceUnavailable as error:
-        if job.runtime == "tensorrt":
+        if job.runtime == "tensorrt" or isinstance(error, NoSuchGpu):
             raise
         return None, str(error)
-    fits = job.targets or (known_targets(trt) if job.runtime == "rtx" else [device.gpu.sm])
-    if device.gpu.sm not in fits:
+    if device.gpu.sm not in runs_on(job, trt, device):
         return (
             device,
             f"the plan is not for this machine's GPU, {device.gpu.name} ({device.gpu.sm})",

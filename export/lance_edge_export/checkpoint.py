@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from lance_edge.bundle import Calibration
-from lance_edge.errors import ExportError
+from lance_edge.errors import ExportError, LanceError
 from lance_edge.screener import PAD_MULTIPLE
 from lance_edge_export.folder import read_config
 from lance_edge_export.tensors import inside
-from lance_edge_training.checkpoint import load_screener
+from lance_edge_training.checkpoint import check_loaded, load_screener
+from lance_edge_training.data import DataError
 from lance_edge_training.model import Served
 
 # Encoders whose graphs are compared with torch in tests, by their config's model_type.
@@ -32,6 +34,7 @@ ENCODERS = ("bert", "deberta-v2", "distilbert", "electra", "modernbert", "robert
 BENIGN = ("safe", "benign", "neutral", "none", "normal", "harmless", "ok")  # labels of no category
 LONGEST_WINDOW = 512  # tokens
 OVERLAP = 4  # a window's share that neighbours have in common is 1 / OVERLAP
+MOST_BYTES = 2**31  # of a protocol buffer
 NEUTRAL = Calibration(slope=1.0, intercept=0.0, threshold=0.5)
 
 
@@ -68,15 +71,50 @@ def read_checkpoint(
             f"{folder} is a {config['model_type']!r} and the encoders that can be exported are "
             f"{', '.join(ENCODERS)}"
         )
-    if (folder / "screener.json").is_file():
-        return _ours(folder, window)
+    if "quantization_config" in config:
+        raise ExportError(f"{folder} is quantised; export the checkpoint it was made from")
     classes = config.get("architectures") or ["an unnamed model"]
-    if not str(classes[0]).endswith("ForSequenceClassification"):
+    ours = (folder / "screener.json").is_file()
+    if not ours and not str(classes[0]).endswith("ForSequenceClassification"):
         raise ExportError(
             f"{folder} holds {classes[0]}: neither a screener of `lance_edge_training` (it has no "
             "screener.json) nor a ...ForSequenceClassification"
         )
-    return _classifier(folder, benign, window)
+    try:
+        found = _ours(folder, window) if ours else _classifier(folder, benign, window)
+    except LanceError:
+        raise
+    except DataError as error:
+        raise ExportError(str(error)) from error
+    except Exception as error:  # what torch, transformers and safetensors say of damaged files
+        raise ExportError(
+            f"{folder} cannot be read ({type(error).__name__}: {error}); copy the checkpoint again, or "
+            "save it anew"
+        ) from error
+    check_network(folder, found, int(config.get("vocab_size", 0)))
+    return found
+
+
+def check_network(folder: Path, found: Checkpoint, vocabulary: int) -> None:
+    """Raise ExportError for weights that are not finite or too many, and a tokenizer of another network."""
+    weights = dict(found.network.named_parameters())
+    for name, values in weights.items():
+        if not torch.isfinite(values).all():
+            raise ExportError(
+                f"{name} in {folder} holds a value that is not finite; such a network computes "
+                "nothing, train or convert it again"
+            )
+    size = sum(4 * values.numel() for values in weights.values())
+    if size >= MOST_BYTES:
+        raise ExportError(
+            f"{folder} has {size / 2**30:.1f} GiB of weights in fp32, and an ONNX file holds less than 2"
+        )
+    tokens = Tokenizer.from_buffer(found.tokenizer).get_vocab(with_added_tokens=True)
+    if vocabulary and max(tokens.values(), default=0) >= vocabulary:
+        raise ExportError(
+            f"{folder / 'tokenizer.json'} has tokens up to {max(tokens.values())}, and config.json a "
+            f"vocabulary of {vocabulary}; they do not belong together"
+        )
 
 
 class ClassifierGraph(nn.Module):
@@ -149,9 +187,10 @@ def _classifier(folder: Path, benign: Sequence[str], window: int | None) -> Chec
             dtype=torch.float32,
             output_loading_info=True,
         )
-    if missing := sorted(told["missing_keys"]):
+    check_loaded(folder, told)
+    if sorted(config.id2label) != list(range(config.num_labels)):
         raise ExportError(
-            f"{folder} has no weights for {', '.join(missing[:3])}; they would be random"
+            f"{folder / 'config.json'}: id2label must number the labels from 0 to {config.num_labels - 1}"
         )
     labels = [str(config.id2label[index]) for index in range(config.num_labels)]
     if config.problem_type == "regression":

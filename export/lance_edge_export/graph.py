@@ -11,6 +11,8 @@ import numpy.typing as npt
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+from lance_edge.errors import ExportError
+
 CONTRIBUTED = "com.microsoft"  # the domain of ONNX Runtime's own operators
 PRODUCT = "MatMulIntegerToFloat"  # one of them: a product of 8-bit integers, scaled
 
@@ -19,13 +21,14 @@ class Graph:
     """An ONNX model while it is being rewritten.
 
     Nodes are replaced by lists of nodes, in place, so the order stays topological.
+    Raises ExportError for a constant that cannot be read.
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.model = onnx.ModelProto()
         self.model.CopyFrom(model)
         self.constants: dict[str, npt.NDArray[Any]] = {
-            tensor.name: numpy_helper.to_array(tensor) for tensor in self.model.graph.initializer
+            tensor.name: _array(tensor) for tensor in self.model.graph.initializer
         }
 
     @property
@@ -112,6 +115,13 @@ def attribute(candidate: NodeProto, name: str, default: Any) -> Any:
         if found.name == name:
             return helper.get_attribute_value(found)
     return default
+
+
+def _array(tensor: TensorProto) -> npt.NDArray[Any]:
+    try:
+        return numpy_helper.to_array(tensor)
+    except (LookupError, TypeError, ValueError) as error:
+        raise ExportError(f"the graph's {tensor.name!r} cannot be read ({error})") from error
 
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16

@@ -90,8 +90,13 @@ def layer_errors(
             size[name] += float(np.square(expected).sum())
     for session in sessions:
         session.close()
-    errors = {name: (moved[name] / size[name]) ** 0.5 for name in names}
+    errors = {name: relative(moved[name], size[name]) for name in names}
     return dict(sorted(errors.items(), key=lambda item: -item[1]))
+
+
+def relative(moved: float, size: float) -> float:
+    """The square root of a share; of a layer that gives nothing (a pruned one), 0 or infinity."""
+    return (moved / size) ** 0.5 if size else float("inf") if moved else 0.0
 
 
 def observed(

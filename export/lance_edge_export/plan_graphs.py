@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.checker
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from lance_edge.bundle import Bundle, Calibration, RefinerSpec
 from lance_edge.cache import open_weights, sha256_of
 from lance_edge.draft import LONGEST
-from lance_edge.errors import ExportError, InvalidOption, ParityError
+from lance_edge.errors import BundleError, ExportError, InvalidOption, ParityError
 from lance_edge.graphs import Part, sources
 from lance_edge.language import LanguageTokenizer
 from lance_edge.refiner import CRITIQUE_TOKENS
@@ -21,6 +23,7 @@ from lance_edge.screener import PAD_MULTIPLE, RUN_TOKENS, FloatArray
 from lance_edge.tokenizer import Tokenizer, Window
 from lance_edge.weights import WEIGHTS, contents
 from lance_edge_engines import open_session
+from lance_edge_engines.external import Malformed, tensors_in_files
 from lance_edge_engines.plan_record import PlanParity, PlanPrecision, Profile, Span
 from lance_edge_export.float_screener import float_screener
 from lance_edge_export.layers import (
@@ -42,6 +45,7 @@ from lance_edge_export.qdq import EightBit, eight_bit_products
 
 COMPARED_PROMPTS = 1024  # on which the parity gate compares, at most
 ROWS = RUN_TOKENS // PAD_MULTIPLE  # windows in one run of the screener, at most
+NEWEST_OPSET = 21  # that the exporter writes, and `float_screener` knows how to lower
 VERIFY = LONGEST + 1  # rows of a step: a draft and the token before it
 
 
@@ -102,6 +106,14 @@ NOT_PLANNED = {
 }
 
 
+def check_part(bundle: Bundle, part: Part, precision: PlanPrecision) -> None:
+    """Raises what `write_graph` raises for what a bundle has or lacks, without writing anything."""
+    if part == "screener":
+        read_screener(bundle, precision)
+    else:
+        open_weights(bundle, refiner_spec(bundle, refiner_precision(precision)))
+
+
 def write_graph(
     bundle: Bundle,
     part: Part,
@@ -113,11 +125,12 @@ def write_graph(
 
     eight_bits  what the screener needs for int8 and fp8
 
-    Raises ExportError if the bundle has no such part, RefinerMissing if it was never pulled,
-    ParityError if 8 bits change more than they may.
+    Raises ExportError if the bundle has no such part or no plan is made of it, BundleError if its
+    graph cannot be read, RefinerMissing if it was never pulled, ParityError if 8 bits change more
+    than they may.
     """
     if part == "refiner":
-        return write_refiner(bundle, "fp16" if precision == "fp8" else precision, folder)
+        return write_refiner(bundle, refiner_precision(precision), folder)
     return write_screener(bundle, precision, folder, eight_bits)
 
 
@@ -126,11 +139,7 @@ def write_screener(
 ) -> PlanGraph:
     """The screener in floating point, or with 8-bit products."""
     spec = bundle.manifest.screener
-    if spec.precision == "fp16" and precision != "fp16":
-        raise ExportError(
-            f"{bundle.path} has an fp16 screener; build its plan with --precision fp16"
-        )
-    model = onnx.load_model_from_string(bundle.read(spec.graph))
+    model = read_screener(bundle, precision)
     parity: PlanParity | None = None
     if precision == "fp32" or precision == "fp16":
         graph = float_screener(model, precision)
@@ -141,6 +150,39 @@ def write_screener(
     path.write_bytes(graph.SerializeToString())
     made_from, profiles = sources(bundle, "screener"), screener_profiles(spec.window)
     return PlanGraph("screener", path, precision, made_from, profiles, parity)
+
+
+def read_screener(bundle: Bundle, precision: PlanPrecision) -> onnx.ModelProto:
+    """The bundle's graph, which may name no files. Raises BundleError, ExportError."""
+    spec = bundle.manifest.screener
+    if spec.precision == "fp16" and precision != "fp16":
+        raise ExportError(
+            f"{bundle.path} has an fp16 screener; build its plan with --precision fp16"
+        )
+    contents = bundle.read(spec.graph)
+    where = bundle.path / spec.graph
+    try:
+        if any(tensors_in_files(contents)):
+            raise BundleError(f"{where} has a tensor that lies in a file, and it may read none")
+        model = onnx.load_model_from_string(contents)
+    except (Malformed, DecodeError) as error:
+        raise BundleError(
+            f"{where} is no ONNX model ({error}); copy or export the bundle again"
+        ) from error
+    opsets = [known.version for known in model.opset_import if known.domain in ("", "ai.onnx")]
+    newest = max(opsets, default=0)
+    if newest > NEWEST_OPSET:
+        raise ExportError(
+            f"{where} is of opset {newest}, and plans are made of opset {NEWEST_OPSET} at most; "
+            "export the bundle with this version of lance-edge"
+        )
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as error:
+        raise BundleError(
+            f"{where} is no valid ONNX model ({error}); copy or export the bundle again"
+        ) from error
+    return model
 
 
 def eight_bit_screener(
@@ -189,12 +231,7 @@ def write_refiner(bundle: Bundle, precision: PlainPrecision, folder: Path) -> Pl
 
     In int8 the weights are the bundle's integers, and products are fp16: it needs no scales of inputs.
     """
-    spec = refiner_spec(bundle)
-    if precision == "int8" and spec.precision != "int8":
-        raise ExportError(
-            f"the refiner of {bundle.path} has {spec.precision} weights, and an int8 plan is made of int8 "
-            "ones; build its plan with --only refiner --precision fp16"
-        )
+    spec = refiner_spec(bundle, precision)
     categories = len(bundle.categories)
     entries = plain_layout(spec.shape, categories, precision)
     weights = open_weights(bundle, spec)
@@ -208,19 +245,30 @@ def write_refiner(bundle: Bundle, precision: PlainPrecision, folder: Path) -> Pl
     return PlanGraph("refiner", path, precision, made_from, profiles)
 
 
-def refiner_spec(bundle: Bundle) -> RefinerSpec:
-    """Raises ExportError if the bundle has none."""
-    if bundle.manifest.refiner is None:
+def refiner_precision(precision: PlanPrecision) -> PlainPrecision:
+    """Of the refiner's plan, where the screener's has `precision`."""
+    return "fp16" if precision == "fp8" else precision
+
+
+def refiner_spec(bundle: Bundle, precision: PlainPrecision) -> RefinerSpec:
+    """Raises ExportError if the bundle has none that a plan of this precision is made of."""
+    spec = bundle.manifest.refiner
+    if spec is None:
         raise ExportError(
             f"{bundle.path} has no refiner; build a plan of its screener with --only screener"
         )
-    beyond = sorted(set(bundle.manifest.refiner.shape.essentials()) & NOT_PLANNED)
+    beyond = sorted(set(spec.shape.essentials()) & NOT_PLANNED)
     if beyond:
         raise ExportError(
             f"the refiner of {bundle.path} has {', '.join(beyond)}, which no plan is made of yet; "
             "build a plan of its screener with --only screener"
         )
-    return bundle.manifest.refiner
+    if precision == "int8" and spec.precision != "int8":
+        raise ExportError(
+            f"the refiner of {bundle.path} has {spec.precision} weights, and an int8 plan is made of int8 "
+            "ones; build its plan with --only refiner --precision fp16"
+        )
+    return spec
 
 
 def screener_profiles(window: int) -> list[Profile]:

@@ -51,7 +51,7 @@ def refit_plans(
     runtime = import_runtime(record.runtime)
     device = Device(gpu)
     try:
-        with whole(out) as new:
+        with whole(out, new=True) as new:
             plans: dict[str, PlanEntry] = {}
             for part in planned_parts(folder, record):
                 entry = record.plans[part]
@@ -115,4 +115,7 @@ def refitted_plan(trt: Any, contents: bytes, graph: Path) -> bytes:
         )
     config = engine.create_serialization_config()
     config.clear_flag(trt.SerializationFlag.EXCLUDE_WEIGHTS)
-    return bytes(engine.serialize_with_config(config))
+    refitted = engine.serialize_with_config(config)
+    if refitted is None:
+        raise SessionError(f"the runtime cannot write the refitted plan: {complaint(log)}")
+    return bytes(refitted)

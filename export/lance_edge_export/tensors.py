@@ -20,6 +20,7 @@ from lance_edge.errors import ExportError
 from lance_edge.gguf import Float32Array
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 _AGAIN = "copy the checkpoint again, or save it anew"
 STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # bfloat16: the upper half of a float32
 
@@ -95,7 +96,12 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def refuse_other_weights(config: Mapping[str, Any], folder: Path) -> None:
-    """Raise ExportError if a config names a weights file: transformers would read that one instead."""
+    """Raise ExportError if a folder names other weights than its own: transformers would read those."""
+    if (folder / ADAPTER).exists():
+        raise ExportError(
+            f"{folder} has an {ADAPTER}, which changes a base that lies elsewhere; merge the adapter into "
+            "its base (`merge_and_unload`) and save that"
+        )
     if (named := config.get("transformers_weights")) is not None:
         raise ExportError(
             f"{folder / 'config.json'} has its weights in {named!r}; name the file {WHOLE} and remove "

@@ -15,6 +15,7 @@ from pathlib import Path
 from lance_edge.bundle import Bundle
 from lance_edge.errors import ExportError, InvalidOption
 from lance_edge.graphs import Part
+from lance_edge_engines.driver import load_library, read_driver
 from lance_edge_engines.plan_record import (
     RECORD,
     PlanEntry,
@@ -26,7 +27,7 @@ from lance_edge_engines.plan_record import (
 from lance_edge_engines.trt import import_runtime
 from lance_edge_export.build_plan import Built, Job, answer_path, known_targets
 from lance_edge_export.place import check_new, whole
-from lance_edge_export.plan_graphs import EightBits, PlanGraph, write_graph
+from lance_edge_export.plan_graphs import EightBits, PlanGraph, check_part, write_graph
 from lance_edge_export.qdq import EIGHT_BIT
 
 FP8_FROM = (8, 9)  # the first compute capability with fp8
@@ -93,7 +94,8 @@ def build_plans(
     """Build plans of a bundle's parts into a new folder, which appears whole or not at all.
 
     Raises InvalidOption for options that do not fit, DeviceUnavailable without the runtime or its
-    GPU, RefinerMissing for a refiner that was never pulled, ExportError if a build fails.
+    GPU, RefinerMissing for a refiner that was never pulled, BundleError for a graph that cannot be
+    read, ExportError for a part that no plan is made of, or if a build fails.
     """
     check_new(out)
     if options.precision == "fp8" and "screener" not in parts:
@@ -102,7 +104,10 @@ def build_plans(
             "or int8"
         )
     check_targets(options)
-    with whole(out) as folder:
+    check_fp8(options)
+    for part in parts:
+        check_part(bundle, part, options.precision)
+    with whole(out, new=True) as folder:
         built = [build_part(bundle, part, folder, options, report) for part in parts]
         record = PlanRecord(
             runtime=options.runtime,
@@ -129,6 +134,20 @@ def check_targets(options: PlanOptions) -> None:
             f"{options.runtime} {runtime.__version__} has no target {', '.join(unknown)}; choose "
             f"from {', '.join(known)}, or use --runtime tensorrt on that GPU"
         )
+
+
+def check_fp8(options: PlanOptions) -> None:
+    """Raises InvalidOption if TensorRT's GPU is too old for fp8; whether there is one shows later."""
+    if options.precision != "fp8" or options.runtime == "rtx":
+        return
+    library = load_library()
+    gpus = () if library is None else read_driver(library).gpus
+    for gpu in gpus[options.gpu : options.gpu + 1]:
+        if capability(gpu.sm) < FP8_FROM:
+            raise InvalidOption(
+                f"fp8 is for GPUs from sm_89 on, and {gpu.name} is {gpu.sm}; use --precision int8 "
+                "or fp16"
+            )
 
 
 def build_part(
@@ -216,7 +235,7 @@ def child_environment() -> dict[str, str]:
 
 def entry_of(graph: PlanGraph, contents: bytes, built: Built, options: PlanOptions) -> PlanEntry:
     """The record of a plan; its file's name carries the fingerprint of what it was built from."""
-    targets = options.targets or ((built.sm,) if options.runtime == "tensorrt" and built.sm else ())
+    targets = tuple(built.targets)
     graph_sha256 = graph.sha256()
     fingerprint = {
         "graph": graph_sha256,
@@ -255,7 +274,7 @@ def summary(record: PlanRecord) -> list[str]:
     """What was built, in lines."""
     lines = [f"runtime   {record.runtime} {record.version}"]
     for name, entry in record.plans.items():
-        where = ", ".join(entry.targets) or "every GPU that the runtime knows"
+        where = ", ".join(entry.targets)
         peak = entry.build["peak_mib"]
         memory = "" if peak is None else f", {peak:.0f} MiB at its peak"
         types = ", ".join(f"{count} {kind}" for kind, count in entry.network["types"].items())
@@ -266,6 +285,8 @@ def summary(record: PlanRecord) -> list[str]:
             f"          built in {entry.build['seconds']:.1f} s{memory}",
             f"          {entry.network['layers']} layers in the network: {types}",
         ]
+        if "timing_lost" in entry.build:
+            lines.append(f"          measured times were not kept: {entry.build['timing_lost']}")
         if entry.parity is not None:
             lines.append(
                 f"          8 bits against fp32, on {entry.parity.prompts} prompts: severities "

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -20,12 +21,14 @@ transformers = pytest.importorskip("transformers", reason="needs transformers (t
 pytest.importorskip("onnxscript", reason="needs onnxscript (the export extra)")
 
 import onnx
+import tokenizers
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import lance_edge
 from lance_edge.errors import ExportError
 from lance_edge_engines import open_session
-from lance_edge_export import cli, parity, screener
+from lance_edge_export import checkpoint, cli, parity, screener
 from lance_edge_export.checkpoint import (
     ENCODERS,
     Checkpoint,
@@ -394,6 +397,92 @@ def test_a_screener_that_lacks_a_file_says_which(name: str, tmp_path: Path) -> N
     (tmp_path / name).unlink()
     with pytest.raises(ExportError, match=f"has no {name}"):
         read_checkpoint(tmp_path)
+
+
+def change(path: Path, **values: Any) -> None:
+    """Other values in a JSON object; None removes one."""
+    found = {**json.loads(path.read_text()), **values}
+    path.write_text(json.dumps({key: value for key, value in found.items() if value is not None}))
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "modernbert"])
+@pytest.mark.parametrize("ours", [True, False], ids=["ours", "classifier"])
+def test_weights_must_be_those_of_the_config(family: str, ours: bool, tmp_path: Path) -> None:
+    folder = (write_screener if ours else write_classifier)(tmp_path, family)
+    weights = load_file(folder / "model.safetensors")
+    cut = {name: w for name, w in weights.items() if not re.search(r"layers?\.1\.", name)}
+    assert len(cut) < len(weights)
+    save_file(cut, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ExportError, match=r"has no weights for .*layers?\.1\..* would be random"):
+        read_checkpoint(folder)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    layers = "n_layers" if family == "distilbert" else "num_hidden_layers"
+    change(folder / "config.json", **{layers: 1}, layer_types=None)
+    with pytest.raises(ExportError, match=r"layers?\.1\..*, of which config\.json says nothing"):
+        read_checkpoint(folder)
+
+
+def test_heads_of_other_tasks_may_be_left_out(tmp_path: Path) -> None:
+    folder = write_screener(tmp_path, "bert")
+    weights = load_file(folder / "model.safetensors")
+    surplus = {f"{name}.weight": torch.zeros(2) for name in ("pooler.dense", "cls.predictions")}
+    save_file({**weights, **surplus}, folder / "model.safetensors", {"format": "pt"})
+    assert len(read_checkpoint(folder).taxonomy) == len(tiny.CATEGORIES)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "head.safetensors", "screener.json"])
+def test_a_screener_whose_file_was_cut_short_is_refused(name: str, tmp_path: Path) -> None:
+    path = write_screener(tmp_path, "bert") / name
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ExportError, match="cannot be read"):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "is quantised"),
+        ({"id2label": {"1": "safe", "2": "bad", "3": "worse"}}, "number the labels from 0 to 2"),
+        ({"hidden_size": 64}, "cannot be read"),
+        ({"vocab_size": 8}, "cannot be read"),
+    ],
+)
+def test_an_odd_config_is_refused(values: dict[str, Any], message: str, tmp_path: Path) -> None:
+    folder = write_classifier(tmp_path)
+    change(folder / "config.json", **values)
+    with pytest.raises(ExportError, match=message):
+        read_checkpoint(folder)
+
+
+def test_a_tokenizer_of_another_network_is_refused(tmp_path: Path) -> None:
+    folder = write_classifier(tmp_path)
+    other = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    other.add_tokens([f"word{index}" for index in range(VOCABULARY)])
+    other.save(str(folder / "tokenizer.json"))
+    with pytest.raises(ExportError, match=f"a vocabulary of {VOCABULARY}; they do not belong"):
+        read_checkpoint(folder)
+
+
+def test_an_adapter_must_be_merged_first(tmp_path: Path) -> None:
+    folder = write_classifier(tmp_path)
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
+    with pytest.raises(ExportError, match="merge the adapter into its base"):
+        read_checkpoint(folder)
+
+
+def test_weights_must_be_finite_and_few_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_classifier(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "MOST_BYTES", 1000)
+        with pytest.raises(ExportError, match="an ONNX file holds less than 2"):
+            read_checkpoint(folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["classifier.bias"][0] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ExportError, match=r"classifier\.bias in .* not finite"):
+        read_checkpoint(folder)
 
 
 def test_a_regression_has_no_categories(tmp_path: Path) -> None:

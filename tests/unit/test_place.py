@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 import tiny
 
 from lance_edge.errors import InvalidOption
-from lance_edge_export.place import check_replaceable, is_bundle, is_repository, whole
+from lance_edge_export.place import (
+    check_replaceable,
+    is_bundle,
+    is_repository,
+    move_into_place,
+    whole,
+)
+
+needs_locks = pytest.mark.skipif(sys.platform == "win32", reason="Windows locks no folders")
 
 
 def names(folder: Path) -> list[str]:
@@ -47,6 +56,96 @@ def test_neighbours_with_similar_names_stay(tmp_path: Path) -> None:
     with whole(tmp_path / "out") as partial:
         (partial / "new").touch()
     assert names(tmp_path) == [".other.partial-1", ".out", "out", "out.old", "out.partial"]
+
+
+class Interrupted(KeyboardInterrupt):
+    pass
+
+
+def test_an_interruption_while_folders_are_moved_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, partial = tmp_path / "out", tmp_path / "partial"
+    for folder, name in ((out, "kept"), (partial, "new")):
+        folder.mkdir()
+        (folder / name).touch()
+    moves = Path.replace
+
+    def replace(path: Path, target: Path) -> Path:
+        if path == partial:
+            raise Interrupted
+        return moves(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(Interrupted):
+        move_into_place(partial, out)
+    assert names(out) == ["kept"]
+    assert names(tmp_path) == ["out", "partial"]
+
+
+def test_an_interruption_after_the_move_leaves_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, partial = tmp_path / "out", tmp_path / "partial"
+    for folder, name in ((out, "old"), (partial, "new")):
+        folder.mkdir()
+        (folder / name).touch()
+    moves = Path.replace
+
+    def replace(path: Path, target: Path) -> Path:
+        moved = moves(path, target)
+        if path == partial:
+            raise Interrupted
+        return moved
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(Interrupted):
+        move_into_place(partial, out)
+    assert names(out) == ["new"]
+    assert names(tmp_path) == ["out"]
+
+
+@needs_locks
+def test_only_what_nobody_works_on_is_removed(tmp_path: Path) -> None:
+    """Of a process that was killed, and of a run that goes on beside."""
+    out = tmp_path / "plans[1]"
+    (tmp_path / ".plans1.partial-x").mkdir()  # the name is no pattern
+    (tmp_path / ".plans[1].partial-killed").mkdir()
+    with whole(out) as running:
+        assert names(tmp_path) == [".plans1.partial-x", running.name]
+        with whole(out) as beside:
+            (beside / "second").touch()
+        assert running.is_dir()
+        (running / "first").touch()
+    assert names(out) == ["first"]
+    assert names(tmp_path) == [".plans1.partial-x", "plans[1]"]
+
+
+@needs_locks
+def test_what_was_set_aside_stays_if_it_is_all_there_is(tmp_path: Path) -> None:
+    (tmp_path / ".out.old-killed").mkdir()
+    with pytest.raises(Interrupted), whole(tmp_path / "out"):
+        raise Interrupted
+    assert names(tmp_path) == [".out.old-killed"]
+    for _ in range(2):
+        with whole(tmp_path / "out"):
+            pass
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("holds", [[], ["theirs"]])
+def test_a_new_folder_replaces_none_that_appeared_meanwhile(
+    tmp_path: Path, holds: list[str]
+) -> None:
+    out = tmp_path / "out"
+    refused = pytest.raises(InvalidOption, match="out exists; name another folder")
+    with refused, whole(out, new=True) as partial:
+        (partial / "ours").touch()
+        out.mkdir()
+        for name in holds:
+            (out / name).touch()
+    assert names(out) == holds
+    assert names(tmp_path) == ["out"]
 
 
 def test_a_bundle_is_known_by_what_its_manifest_names(tmp_path: Path) -> None:

@@ -87,6 +87,13 @@ def test_fp16_holds_weights_and_tables_but_not_heads() -> None:
     assert 0 < lost < 2e-3
 
 
+def test_a_constant_of_an_unknown_type_is_refused() -> None:
+    model = tiny.graph()
+    model.graph.initializer[0].data_type = 77
+    with pytest.raises(ExportError, match=r"the graph's 'table' cannot be read \(77\)"):
+        float_screener(model, "fp32")
+
+
 def test_unknown_integers_are_refused() -> None:
     model = small_network()
     nodes = model.graph.node
@@ -308,4 +315,4 @@ def test_what_a_plan_cannot_hold_is_named() -> None:
     spec = SimpleNamespace(shape=shape)
     bundle: Any = SimpleNamespace(path="here", manifest=SimpleNamespace(refiner=spec))
     with pytest.raises(ExportError, match="has biases, head_norms, which no plan is made of yet"):
-        refiner_spec(bundle)
+        refiner_spec(bundle, "fp16")

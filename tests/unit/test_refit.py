@@ -171,6 +171,19 @@ def test_what_the_runtime_refuses(runtime: Any, tiny_bundle: Path, tmp_path: Pat
         refitted_plan(runtime, contents, tmp_path / "empty.onnx")
 
 
+def test_a_plan_that_the_runtime_cannot_write(
+    runtime: ModuleType, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(engine: fake_tensorrt.Engine, config: Any) -> None:
+        fake_tensorrt.fail(engine.log, "no memory to write it")
+
+    built(tiny_bundle, tmp_path / "stripped", stripped=True)
+    monkeypatch.setattr(fake_tensorrt.Engine, "serialize_with_config", refuse)
+    with pytest.raises(SessionError, match="cannot write the refitted plan: no memory to write it"):
+        made_whole(tmp_path / "stripped", tiny_bundle)
+    assert not (tmp_path / "whole").exists()
+
+
 def test_the_commands(runtime: ModuleType, tiny_bundle: Path, tmp_path: Path) -> None:
     def call(*arguments: object) -> tuple[int, str, str]:
         result = CliRunner().invoke(app, [*map(str, arguments)])

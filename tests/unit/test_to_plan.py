@@ -6,26 +6,30 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import fake_tensorrt
+import onnx
 import pytest
 import tiny_refiner
 from fake_tensorrt import FakeMemory
 from typer.testing import CliRunner
 
-from lance_edge.bundle import open_bundle
+from lance_edge.bundle import Bundle, open_bundle
 from lance_edge.cli import app
-from lance_edge.errors import ExportError, InvalidOption, RefinerMissing
-from lance_edge_engines import DeviceUnavailable, SessionError, cuda
-from lance_edge_engines.cuda import Gpu
+from lance_edge.errors import BundleError, ExportError, InvalidOption, RefinerMissing
+from lance_edge_engines import DeviceUnavailable, SessionError, cuda, driver
+from lance_edge_engines.cuda import Gpu, NoSuchGpu
 from lance_edge_engines.plan_record import read_record
 from lance_edge_export import build_plan, to_plan
 from lance_edge_export.build_plan import Job, build, share_done
 from lance_edge_export.plan_cli import parse_device, parse_targets
 from lance_edge_export.plan_graphs import EightBits, write_graph
-from lance_edge_export.to_plan import PlanOptions, build_plans, run_build, summary
+from lance_edge_export.to_plan import PlanOptions, build_plans, check_fp8, run_build, summary
 
 FAKE = """
 import sys
@@ -199,6 +203,79 @@ def test_a_refiner_that_was_never_pulled(
     assert not left_in(tmp_path)
 
 
+def test_parts_are_checked_before_the_first_is_built(
+    rtx: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LANCE_EDGE_CACHE", str(tmp_path / "empty"))
+    never_pulled = open_bundle(tiny_refiner.write_bundle(tmp_path / "bundle"))
+    manifest = never_pulled.manifest
+    assert manifest.refiner is not None
+    shape = replace(manifest.refiner.shape, head_norms=True)
+    odd = replace(manifest, refiner=replace(manifest.refiner, shape=shape))
+    told: list[str] = []
+    for bundle, error, message in (
+        (open_bundle(tiny_bundle), ExportError, "has no refiner"),
+        (never_pulled, RefinerMissing, "run `lance-edge pull`"),
+        (replace(never_pulled, manifest=odd), ExportError, "has head_norms, which no plan"),
+    ):
+        with pytest.raises(error, match=message):
+            build_plans(
+                bundle,
+                ("screener", "refiner"),
+                tmp_path / "plans",
+                PlanOptions("rtx"),
+                lambda what, share: told.append(what),
+            )
+    assert told == []
+
+
+def in_a_file(model: onnx.ModelProto) -> bytes:
+    tensor = model.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="secret.bin")
+    return model.SerializeToString()
+
+
+def of_opset_22(model: onnx.ModelProto) -> bytes:
+    model.opset_import[0].version = 22
+    return model.SerializeToString()
+
+
+def without_inputs(model: onnx.ModelProto) -> bytes:
+    del model.graph.input[:]
+    return model.SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        (in_a_file, BundleError, "has a tensor that lies in a file, and it may read none"),
+        (of_opset_22, ExportError, "is of opset 22, and plans are made of opset 21 at most"),
+        (without_inputs, BundleError, "is no valid ONNX model"),
+        (lambda _: b"no protobuf", BundleError, "is no ONNX model"),
+        (lambda _: bytes([0x42, 1, 0x80]), BundleError, "is no ONNX model"),  # in its opset
+    ],
+    ids=["file", "opset", "inputs", "bytes", "message"],
+)
+def test_a_graph_that_no_plan_is_made_of(
+    rtx: Path,
+    tiny_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changed: Callable[[onnx.ModelProto], bytes],
+    error: type[Exception],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret.bin").write_bytes(bytes(10**6))
+    bundle = open_bundle(tiny_bundle)
+    contents = changed(onnx.load_model_from_string(bundle.read("screener.onnx")))
+    monkeypatch.setattr(Bundle, "read", lambda self, name: contents)
+    with pytest.raises(error, match=message):
+        build_plans(bundle, ("screener",), tmp_path / "plans", PlanOptions("rtx"), silent)
+
+
 def test_a_pulled_refiner(rtx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LANCE_EDGE_CACHE", str(tmp_path))
     folder = tiny_refiner.write_pulled(tmp_path / "bundle")
@@ -326,6 +403,43 @@ def test_times_are_kept_between_builds(tensorrt: None, tiny_bundle: Path, tmp_pa
     with pytest.raises(SessionError, match="timing cache of another GPU or version; delete it"):
         build(job(tiny_bundle, tmp_path, timing=str(timing)), silent)
     assert timing.read_bytes() == b"other GPU"
+
+
+def test_times_that_cannot_be_kept_cost_no_plan(
+    tensorrt: None, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    out, timing = tmp_path / "plans", tmp_path / "nowhere" / "times"
+    built(tiny_bundle, out, runtime="tensorrt", timing_cache=timing)
+    record = read_record(out)
+    assert (out / record.plans["screener"].file).is_file()
+    (line,) = [line for line in summary(record) if "measured times were not kept" in line]
+    assert str(timing) in line
+
+
+def test_a_gpu_that_is_not_there_is_not_passed_over(
+    rtx: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_of_this_number(number: int) -> FakeMemory:
+        raise NoSuchGpu(f"there is no GPU {number}")
+
+    monkeypatch.setattr(build_plan, "Device", none_of_this_number)
+    with pytest.raises(NoSuchGpu, match="there is no GPU 7"):
+        build(job(tiny_bundle, tmp_path, runtime="rtx", gpu=7), silent)
+
+
+@pytest.mark.parametrize(("capability", "refused"), [("8.7", True), ("8.9", False), ("9.0", False)])
+def test_fp8_needs_a_gpu_that_has_it(
+    monkeypatch: pytest.MonkeyPatch, capability: str, refused: bool
+) -> None:
+    found = driver.Driver(
+        "13.0", (driver.Gpu("Other", "7.5", 1), driver.Gpu("Orin", capability, 1))
+    )
+    monkeypatch.setattr(to_plan, "load_library", object)
+    monkeypatch.setattr(to_plan, "read_driver", lambda library: found)
+    options = PlanOptions("tensorrt", "fp8", gpu=1, eight_bits=EightBits(["hello"]))
+    expected = pytest.raises(InvalidOption, match="from sm_89 on, and Orin is sm_87; use")
+    with expected if refused else nullcontext():
+        check_fp8(options)
 
 
 def test_a_graph_that_the_parser_refuses(tensorrt: None, tiny_bundle: Path, tmp_path: Path) -> None:

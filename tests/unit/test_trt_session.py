@@ -33,7 +33,7 @@ from lance_edge.refiner import Refiner
 from lance_edge.verify import check_goldens
 from lance_edge.weights import make_weights
 from lance_edge_engines import DeviceUnavailable, SessionError, cuda, open_session, trt
-from lance_edge_engines.cuda import Device, Gpu
+from lance_edge_engines.cuda import Device, Gpu, NoSuchGpu
 from lance_edge_engines.plan_record import PlanStale, read_record
 from lance_edge_engines.trt import MODULES, import_runtime, open_plan
 from lance_edge_export import build_plan, to_plan
@@ -225,6 +225,19 @@ def test_inputs_that_do_not_fit(
     with pytest.raises(SessionError, match="closed"):
         session.run(prompt(1, 8))
     session.close()  # twice is fine
+
+
+def test_a_session_goes_on_after_the_device_had_no_room(plans: Plans, memory: FakeMemory) -> None:
+    session = open_plan(plans("screener"), "screener", memory=memory)
+    expected = session.run(prompt(1, 8))["mean"].tolist()
+    memory.full = True
+    with pytest.raises(SessionError, match="out of memory"):
+        session.run(prompt(32, 16))
+    assert session.run(prompt(1, 8))["mean"].tolist() == expected  # in live blocks
+    memory.full = True
+    with pytest.raises(SessionError, match="out of memory"):
+        session.run(prompt(64, 16))
+    session.close()  # frees none twice
 
 
 def test_a_failed_run_leaves_the_state_as_it_was(plans: Plans, memory: FakeMemory) -> None:
@@ -443,8 +456,9 @@ def test_a_plan_from_another_bundle_is_stale(
     open_plan(record_path, "screener", wanted, memory=memory).close()
     with pytest.raises(PlanStale, match=r"was built from another screener.onnx than") as caught:
         open_plan(record_path, "screener", {"screener.onnx": "0" * 64}, memory=memory)
-    wanted_again = f"--runtime {api} --precision fp32 --only screener --out {record_path}.new"
-    assert f"run `lance-edge plan BUNDLE {wanted_again}`" in str(caught.value)
+    target = " --target sm_75,sm_86,sm_89,sm_120" if api == "rtx" else ""
+    wanted_again = f"--runtime {api} --precision fp32 --only screener{target} --out {record_path}"
+    assert f"run `lance-edge plan BUNDLE {wanted_again}.new`" in str(caught.value)
 
 
 def test_a_plan_of_another_version_is_stale(
@@ -496,9 +510,23 @@ def test_an_rtx_plan_runs_on_its_targets(plans: Plans) -> None:
     assert last is not None and last.targets == ["SM86", "SM89"]
     open_plan(folder, "screener", memory=FakeMemory(Gpu("Other", "sm_89"))).close()
     with pytest.raises(
-        PlanStale, match=r"was built for sm_86, sm_89 and this GPU \(Orin\) is sm_87"
+        PlanStale,
+        match=r"was built for sm_86, sm_89 and this GPU \(Orin\) is sm_87; .* --target sm_87 --out",
     ):
         open_plan(folder, "screener", memory=FakeMemory(ORIN))
+
+
+@pytest.mark.parametrize("api", ["rtx"], indirect=True)
+def test_an_rtx_plan_without_targets_is_for_those_that_the_runtime_knows(plans: Plans) -> None:
+    folder = plans("screener")
+    last = fake_tensorrt.Builder.last
+    assert last is not None and last.targets == []  # the runtime's own choice
+    known = ("sm_75", "sm_86", "sm_89", "sm_120")
+    assert read_record(folder).plans["screener"].targets == known
+    open_plan(folder, "screener", memory=FakeMemory(Gpu("Other", "sm_120"))).close()
+    for named in (folder, changed(folder, "screener", targets=())):
+        with pytest.raises(PlanStale, match=r"this GPU \(Orin\) is sm_87; .* --target sm_87 --out"):
+            open_plan(named, "screener", memory=FakeMemory(ORIN))
 
 
 def test_damage_is_found_before_the_runtime_sees_it(record_path: Path, memory: FakeMemory) -> None:
@@ -638,7 +666,7 @@ def test_the_drivers_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     ("fails", "number", "error", "message"),
     [
         ({"cuInit": 100}, 0, DeviceUnavailable, r"cuInit failed: it broke \(100\)"),
-        ({}, 1, DeviceUnavailable, "there is no GPU 1: the driver lists 1"),
+        ({}, 1, NoSuchGpu, "there is no GPU 1: the driver lists 1"),
         ({"cuStreamCreate": 2}, 0, SessionError, r"cuStreamCreate failed: it broke \(2\)"),
     ],
 )

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -25,9 +26,12 @@ from transformers import AutoConfig, AutoModel
 from lance_edge_training.data import DataError
 from lance_edge_training.model import Screener
 
+# A tensor of a numbered layer. What else an encoder has no use for are heads of other tasks.
+_OF_A_LAYER = re.compile(r"\blayers?\.\d+\.")
+
 
 def new_screener(encoder: Path, categories: int, kind: str, attention: str = "sdpa") -> Screener:
-    """A screener with a fresh head on a pretrained encoder."""
+    """A screener with a fresh head on a pretrained encoder. Raises DataError as `check_loaded` does."""
     return Screener(_load_encoder(encoder, attention), categories, kind)  # type: ignore[arg-type]
 
 
@@ -48,7 +52,10 @@ def save_screener(
 
 
 def load_screener(folder: Path) -> tuple[Screener, dict[str, Any]]:
-    """The screener in evaluation mode, and the contents of screener.json."""
+    """The screener in evaluation mode, and the contents of screener.json.
+
+    Raises DataError if its weights are not those that config.json describes.
+    """
     description = json.loads((folder / "screener.json").read_text())
     taxonomy = json.loads((folder / "taxonomy.json").read_text())
     # Eager attention: the exporter turns it into plain MatMul and Softmax nodes.
@@ -102,6 +109,21 @@ def take_over(network: nn.Module, state: dict[str, Any], strict: bool = True) ->
         raise DataError(f"the earlier run's weights do not fit: {str(error)[:300]}") from error
 
 
+def check_loaded(folder: Path, told: Mapping[str, Any]) -> None:
+    """Raise DataError if weights were missing, and so are random, or whole layers were left out.
+
+    told  what transformers says of the loading
+    """
+    if missing := sorted(told["missing_keys"]):
+        raise DataError(
+            f"{folder} has no weights for {', '.join(missing[:3])}; they would be random"
+        )
+    if surplus := sorted(filter(_OF_A_LAYER.search, told["unexpected_keys"])):
+        raise DataError(
+            f"{folder} has weights for {', '.join(surplus[:3])}, of which config.json says nothing"
+        )
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a value as indented JSON."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
@@ -114,11 +136,14 @@ def _load_encoder(folder: Path, attention: str) -> Any:
     kind: Any = AutoModel._model_mapping[type(config)]
     # Families that end in a pooler need none; the others know no such option.
     has_pooler = "add_pooling_layer" in inspect.signature(kind).parameters
-    return AutoModel.from_pretrained(
+    encoder, told = AutoModel.from_pretrained(
         folder,
         config=config,
         attn_implementation=attention if kind._supports_sdpa else "eager",
         use_safetensors=True,
         local_files_only=True,
+        output_loading_info=True,
         **({"add_pooling_layer": False} if has_pooler else {}),
     )
+    check_loaded(folder, told)
+    return encoder
