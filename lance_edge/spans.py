@@ -15,7 +15,7 @@ JOIN = 1  # words left out between two chosen ones that still belong to one span
 # English words that say nothing without the one after them: no span begins with one or ends on one.
 LEADING = frozenset(
     "a an the this that these those my your his her its our their some any i he she we they "
-    "and or but of to for with from in into on onto at by about".split()
+    "and or but of to for with without from in into on onto at by about than as if".split()
 )
 REACH = 3  # words by which a span grows at most, to end on one that says something
 
