@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from lance_edge.bundle import Bundle, RefinerSpec
 from lance_edge.cache import open_weights, weights_path
 from lance_edge.errors import BundleError
-from lance_edge.weights import WEIGHTS
+from lance_edge.weights import WEIGHTS, Array
 from lance_edge_engines import Session, SessionError, open_session
 
 if TYPE_CHECKING:
@@ -44,11 +44,14 @@ class Graphs:
         device = self._device(spec.precision)
         return open_session(self.bundle.read(spec.graph), device, self.threads)
 
-    def refiner(self, spec: RefinerSpec) -> Session:
-        """Raises RefinerMissing, BundleError, SessionError. A plan holds its weights."""
+    def weights(self, spec: RefinerSpec) -> Mapping[str, Array] | None:
+        """The refiner's; None for a plan, which holds them. Raises RefinerMissing, BundleError."""
+        return None if "refiner" in self.plans else open_weights(self.bundle, spec)
+
+    def refiner(self, spec: RefinerSpec, weights: Mapping[str, Array] | None) -> Session:
+        """Raises BundleError, SessionError."""
         if "refiner" in self.plans:
             return self._planned("refiner")
-        weights = open_weights(self.bundle, spec)
         device = self._device(spec.precision)
         return open_session(self.bundle.read(spec.graph), device, self.threads, weights)
 

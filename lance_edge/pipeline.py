@@ -386,9 +386,10 @@ def load(
 def open_refiner(graphs: Graphs, spec: RefinerSpec) -> Refiner:
     """The bundle's refiner. Raises RefinerMissing, BundleError, SessionError."""
     bundle = graphs.bundle
-    opened = _beside(partial(graphs.refiner, spec))  # hashes the weights: a tenth of a second
+    # Hashing takes a tenth of a second. The session is opened here: in a thread, it would take 40 MB more.
+    weights = _beside(partial(graphs.weights, spec))
     tokenizer = LanguageTokenizer(bundle.read(spec.tokenizer), spec.template)
-    session = opened()
+    session = graphs.refiner(spec, weights())
     decoder = Decoder(session, bundle.arrays(spec.prefix), len(tokenizer.prefix), spec.context)
     look = bundle.second_look()
     calibration = [look.calibration[category.name] for category in bundle.categories]
