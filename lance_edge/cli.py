@@ -531,7 +531,7 @@ def each_verdict(
 
 def hint_at_quotes(arguments: Sequence[str], as_text: bool, quiet: bool) -> None:
     """Say so where words look like one prompt whose quotation marks were left out."""
-    if quiet or as_text or len(arguments) < 3:
+    if quiet or as_text or len(arguments) < 2:
         return
     if all(
         re.fullmatch(r"[^\W\d_][\w'\u2019-]*[.,;:!?]?", argument) for argument in arguments

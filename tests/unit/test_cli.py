@@ -369,7 +369,7 @@ def test_a_prompt_without_its_quotation_marks_is_hinted_at(screen: Invoke, tmp_p
     hint = "4 words are read as 4 prompts; put quotation marks around a prompt of several words"
     words = ("how", "don't", "I", "bake?")
     assert hint in screen(*words).stderr
-    for silent in (("--quiet", *words), ("--text", *words), ("how are", "you", "cake"), words[:2]):
+    for silent in (("--quiet", *words), ("--text", *words), ("how are", "you"), words[:1]):
         assert "quotation marks" not in screen(*silent).stderr
     file = tmp_path / "prompts.txt"
     file.write_text("hello\n")
