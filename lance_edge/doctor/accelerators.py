@@ -44,7 +44,11 @@ def gpu_findings(machine: Machine) -> Iterator[Finding]:
                 f"pip uninstall -y onnxruntime-gpu && {CPU_WHEEL}",
             )
     elif "cuda" in machine.runtime.refusals and machine.runtime.refusals["cuda"] is None:
-        yield Finding("works", f"ONNX Runtime runs graphs on {_named(driver.gpus[0])}")
+        yield Finding(
+            "works",
+            f"ONNX Runtime runs graphs on {_named(driver.gpus[0])}; int8 bundles, as the default one is, "
+            "stay on the CPU, where no plans of them are given",
+        )
     elif "CUDAExecutionProvider" in machine.runtime.offered:
         yield _cuda_refused(machine, driver)
     elif machine.runtime.fault is None:
