@@ -24,7 +24,7 @@ from lance_edge.errors import ExportError, LanceError
 from lance_edge.screener import PAD_MULTIPLE
 from lance_edge_export.folder import read_config
 from lance_edge_export.tensors import inside
-from lance_edge_training.checkpoint import check_loaded, load_screener
+from lance_edge_training.checkpoint import PRETRAINING, check_loaded, load_screener
 from lance_edge_training.data import DataError
 from lance_edge_training.model import Served
 
@@ -71,7 +71,7 @@ def read_checkpoint(
             f"{folder} is a {config['model_type']!r} and the encoders that can be exported are "
             f"{', '.join(ENCODERS)}"
         )
-    if "quantization_config" in config:
+    if config.get("quantization_config"):
         raise ExportError(f"{folder} is quantised; export the checkpoint it was made from")
     classes = config.get("architectures") or ["an unnamed model"]
     ours = (folder / "screener.json").is_file()
@@ -82,6 +82,7 @@ def read_checkpoint(
         )
     try:
         found = _ours(folder, window) if ours else _classifier(folder, benign, window)
+        check_network(folder, found, int(config.get("vocab_size", 0)))
     except LanceError:
         raise
     except DataError as error:
@@ -91,7 +92,6 @@ def read_checkpoint(
             f"{folder} cannot be read ({type(error).__name__}: {error}); copy the checkpoint again, or "
             "save it anew"
         ) from error
-    check_network(folder, found, int(config.get("vocab_size", 0)))
     return found
 
 
@@ -187,7 +187,7 @@ def _classifier(folder: Path, benign: Sequence[str], window: int | None) -> Chec
             dtype=torch.float32,
             output_loading_info=True,
         )
-    check_loaded(folder, told)
+    check_loaded(folder, told, PRETRAINING)
     if sorted(config.id2label) != list(range(config.num_labels)):
         raise ExportError(
             f"{folder / 'config.json'}: id2label must number the labels from 0 to {config.num_labels - 1}"

@@ -430,7 +430,18 @@ def test_heads_of_other_tasks_may_be_left_out(tmp_path: Path) -> None:
     assert len(read_checkpoint(folder).taxonomy) == len(tiny.CATEGORIES)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "head.safetensors", "screener.json"])
+def test_other_weights_may_not_be_left_out(tmp_path: Path) -> None:
+    for folder in (write_screener(tmp_path / "own", "bert"), write_classifier(tmp_path / "guard")):
+        weights = load_file(folder / "model.safetensors")
+        weights["embeddings.projection.weight"] = torch.zeros(2)
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ExportError, match=r"has weights for embeddings\.projection\.weight"):
+            read_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "head.safetensors", "screener.json", "tokenizer.json"]
+)
 def test_a_screener_whose_file_was_cut_short_is_refused(name: str, tmp_path: Path) -> None:
     path = write_screener(tmp_path, "bert") / name
     path.write_bytes(path.read_bytes()[:-40])

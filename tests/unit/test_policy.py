@@ -99,7 +99,7 @@ def test_rules_are_not_changed(bundle: Bundle) -> None:
         ({"thresholds": {"violence": True}}, "at most 1, not True"),
         ({"thresholds": {"violence": None}}, "at most 1, not None"),
         ({"thresholds": {"*": "high"}}, "at most 1, not 'high'"),
-        ({"thresholds": [0.5]}, "threshold of violence"),
+        ({"thresholds": [0.5]}, r"threshold for all categories .*, not \[0\.5\]"),
         ({"actions": {"voilence": "block"}}, "did you mean violence?"),
         ({"actions": {"violence": "delete"}}, "one of allow, advise, rewrite, review, block"),
         ({"actions": {"*": "Block"}}, "not 'Block'"),

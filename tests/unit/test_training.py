@@ -481,10 +481,20 @@ def test_checkpoints_that_differ_are_not_averaged(
         change_json(other / "taxonomy.json", lambda entries: entries[::-1])
     else:
         change_json(other / "config.json", lambda config: {**config, "num_hidden_layers": 0})
+        weights = load_file(other / "model.safetensors")
+        kept = {name: w for name, w in weights.items() if ".layer." not in name}
+        save_file(kept, other / "model.safetensors", {"format": "pt"})
     result = invoke(average.main, trained, other, "--out", tmp_path / "out")
     assert result.exit_code == 2
     assert f"differ in their {what}" in " ".join(plain_text(result).replace("│", " ").split())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_checkpoint_is_not_averaged(trained: Path, other: Path, tmp_path: Path) -> None:
+    change_json(other / "config.json", lambda config: {**config, "num_hidden_layers": 0})
+    result = invoke(average.main, trained, other, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "of which" in plain_text(result)
 
 
 def test_an_average_does_not_replace_its_parts(trained: Path, other: Path) -> None:

@@ -15,6 +15,7 @@ import typer
 
 from lance_edge_training.checkpoint import load_screener, save_screener
 from lance_edge_training.model import Screener
+from lance_edge_training.usage import usage_errors
 
 # What must be the same for an average to mean anything.
 KEPT = ("head", "window", "overlap")
@@ -30,8 +31,9 @@ def main(
     """Write (1 - share) * first + share * second as a checkpoint; calibrate it before the export."""
     if out.resolve() in (first.resolve(), second.resolve()):
         raise typer.BadParameter(f"{out} is one of the two checkpoints; choose another --out")
-    averaged, description = load_screener(first)
-    other, other_description = load_screener(second)
+    with usage_errors():
+        averaged, description = load_screener(first)
+        other, other_description = load_screener(second)
     different = [key for key in KEPT if description[key] != other_description[key]]
     different += [
         what for what, name in FILES.items() if contents(first / name) != contents(second / name)

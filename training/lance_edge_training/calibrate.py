@@ -104,10 +104,11 @@ def thresholds_at(
 def main(
     checkpoint: Annotated[Path, typer.Option(help="Folder written by the trainer.")],
     data: Annotated[Path, typer.Option(help="Folder with prompts/ and pairs/.")],
-    false_positive_rate: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.112,
+    false_positive_rate: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.09,
 ) -> None:
     """Fit the calibration and choose thresholds; writes calibration.json into the checkpoint."""
-    screener, description = load_screener(checkpoint)
+    with usage_errors():
+        screener, description = load_screener(checkpoint)
     categories = [entry["name"] for entry in json.loads((checkpoint / "taxonomy.json").read_text())]
     tokenizer = Tokenizer(
         (checkpoint / "tokenizer.json").read_bytes(), description["window"], description["overlap"]

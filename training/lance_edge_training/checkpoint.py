@@ -26,8 +26,11 @@ from transformers import AutoConfig, AutoModel
 from lance_edge_training.data import DataError
 from lance_edge_training.model import Screener
 
-# A tensor of a numbered layer. What else an encoder has no use for are heads of other tasks.
-_OF_A_LAYER = re.compile(r"\blayers?\.\d+\.")
+# What a network may leave out: the pooler and the heads of pretraining, and tables of indices.
+_PRETRAINING = r"pooler|cls|head|decoder|lm_head|\w+_predictions|generator_\w+|vocab_\w+|\w+_ids"
+PRETRAINING = re.compile(rf"(^|\.)({_PRETRAINING})(\.|$)")
+# An encoder, the heads of all tasks.
+HEADS = re.compile(rf"(^|\.)({_PRETRAINING}|classifier|pre_classifier|qa_outputs)(\.|$)")
 
 
 def new_screener(encoder: Path, categories: int, kind: str, attention: str = "sdpa") -> Screener:
@@ -109,18 +112,19 @@ def take_over(network: nn.Module, state: dict[str, Any], strict: bool = True) ->
         raise DataError(f"the earlier run's weights do not fit: {str(error)[:300]}") from error
 
 
-def check_loaded(folder: Path, told: Mapping[str, Any]) -> None:
-    """Raise DataError if weights were missing, and so are random, or whole layers were left out.
+def check_loaded(folder: Path, told: Mapping[str, Any], surplus: re.Pattern[str]) -> None:
+    """Raise DataError if weights were missing, and so are random, or were left out.
 
-    told  what transformers says of the loading
+    told     what transformers says of the loading
+    surplus  names that may be left out: PRETRAINING or HEADS
     """
     if missing := sorted(told["missing_keys"]):
         raise DataError(
             f"{folder} has no weights for {', '.join(missing[:3])}; they would be random"
         )
-    if surplus := sorted(filter(_OF_A_LAYER.search, told["unexpected_keys"])):
+    if odd := sorted(name for name in told["unexpected_keys"] if not surplus.search(name)):
         raise DataError(
-            f"{folder} has weights for {', '.join(surplus[:3])}, of which config.json says nothing"
+            f"{folder} has weights for {', '.join(odd[:3])}, of which config.json says nothing"
         )
 
 
@@ -145,5 +149,5 @@ def _load_encoder(folder: Path, attention: str) -> Any:
         output_loading_info=True,
         **({"add_pooling_layer": False} if has_pooler else {}),
     )
-    check_loaded(folder, told)
+    check_loaded(folder, told, HEADS)
     return encoder

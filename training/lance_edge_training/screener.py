@@ -261,8 +261,10 @@ def main(
     )
     weights = Weights()
     bf16 = has_bf16(device)
+    with usage_errors():
+        screener = new_screener(encoder, len(categories), settings.head)
     trainer = Trainer(
-        new_screener(encoder, len(categories), settings.head),
+        screener,
         corpus,
         settings,
         weights,
