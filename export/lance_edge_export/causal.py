@@ -36,7 +36,7 @@ from lance_edge.weights import Array, Precision, contents, layout, make_weights
 from lance_edge_export import refiner
 from lance_edge_export.decoder_graph import decoder_graph
 from lance_edge_export.families import CONFIG, Checkpoint
-from lance_edge_export.tensors import inside, read_json
+from lance_edge_export.tensors import check_vocabulary, inside, read_json
 
 TOKENIZER = "tokenizer.json"
 OPEN_AT = 1e9  # no margin of a first look is as large: the band of the second look is empty
@@ -154,11 +154,7 @@ def read_tokenizer(
         tokenizer = LanguageTokenizer(serialized, template)
     except BundleError as error:
         raise ExportError(f"{folder / TOKENIZER} with this template: {error}") from error
-    if tokenizer.size > vocabulary:
-        raise ExportError(
-            f"{folder / TOKENIZER} has tokens up to {tokenizer.size - 1}, and {CONFIG} a vocabulary "
-            f"of {vocabulary}; they do not belong together"
-        )
+    check_vocabulary(folder / TOKENIZER, tokenizer.size - 1, vocabulary)
     return tokenizer
 
 

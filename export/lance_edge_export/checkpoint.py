@@ -23,7 +23,7 @@ from lance_edge.bundle import Calibration
 from lance_edge.errors import ExportError, LanceError
 from lance_edge.screener import PAD_MULTIPLE
 from lance_edge_export.folder import read_config
-from lance_edge_export.tensors import inside
+from lance_edge_export.tensors import check_vocabulary, inside
 from lance_edge_training.checkpoint import PRETRAINING, check_loaded, load_screener
 from lance_edge_training.data import DataError
 from lance_edge_training.model import Served
@@ -110,11 +110,8 @@ def check_network(folder: Path, found: Checkpoint, vocabulary: int) -> None:
             f"{folder} has {size / 2**30:.1f} GiB of weights in fp32, and an ONNX file holds less than 2"
         )
     tokens = Tokenizer.from_buffer(found.tokenizer).get_vocab(with_added_tokens=True)
-    if vocabulary and max(tokens.values(), default=0) >= vocabulary:
-        raise ExportError(
-            f"{folder / 'tokenizer.json'} has tokens up to {max(tokens.values())}, and config.json a "
-            f"vocabulary of {vocabulary}; they do not belong together"
-        )
+    if vocabulary:
+        check_vocabulary(folder / "tokenizer.json", max(tokens.values(), default=0), vocabulary)
 
 
 class ClassifierGraph(nn.Module):

@@ -109,6 +109,15 @@ def refuse_other_weights(config: Mapping[str, Any], folder: Path) -> None:
         )
 
 
+def check_vocabulary(path: Path, largest: int, vocabulary: int) -> None:
+    """Raise ExportError if a tokenizer's largest id is beyond the network's vocabulary."""
+    if largest >= vocabulary:
+        raise ExportError(
+            f"{path} has tokens up to {largest}, and config.json a vocabulary of {vocabulary}; they do "
+            "not belong together"
+        )
+
+
 def listed(names: list[str]) -> str:
     """The first few names, and how many more there are."""
     shown = ", ".join(names[:4])

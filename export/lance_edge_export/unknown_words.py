@@ -26,9 +26,8 @@ def splitting_unknown(serialized: bytes) -> bytes:
     Words of known characters, no symbols, and no more than 100 are read as before. Raises ExportError.
     """
     try:
-        tokenizer = json.loads(
-            Tokenizer.from_buffer(serialized).to_str()
-        )  # files of old may lack keys
+        whole = Tokenizer.from_buffer(serialized).to_str()  # files of old may lack keys
+        tokenizer = json.loads(whole)
         model = tokenizer["model"]
         if model["type"] != "WordPiece":
             return serialized
