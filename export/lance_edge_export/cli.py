@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -89,7 +88,8 @@ def screener(
     from lance_edge_export.checkpoint import read_checkpoint
     from lance_edge_export.look_alikes import reading_look_alikes
     from lance_edge_export.place import check_replaceable, is_bundle
-    from lance_edge_export.screener import Wishes, export_bundle, with_taxonomy
+    from lance_edge_export.screener import Wishes, export_bundle
+    from lance_edge_export.taxonomy import read_taxonomy, read_text
     from lance_edge_export.unknown_words import splitting_unknown
 
     texts = [row["prompt"] for row in records(prompts or PROMPTS, prompt=str)]
@@ -102,11 +102,7 @@ def screener(
     check_replaceable(out, is_bundle(out), "a bundle")
     read = read_checkpoint(checkpoint, benign or (), window)
     if taxonomy is not None:
-        try:
-            entries = json.loads(read_text(taxonomy))
-        except ValueError as error:
-            raise ExportError(f"{taxonomy} is not valid JSON ({error})") from error
-        read = replace(read, taxonomy=with_taxonomy(read.taxonomy, entries))
+        read = replace(read, taxonomy=read_taxonomy(taxonomy, read.taxonomy))
     tokenizer = splitting_unknown(read.tokenizer)
     if look_alikes:
         tokenizer = reading_look_alikes(tokenizer)
@@ -275,16 +271,6 @@ def records(path: Path, **kinds: type | UnionType) -> Iterator[dict[str, Any]]:
         raise ExportError(str(error)) from error
     except (UnicodeDecodeError, EOFError, zlib.error) as error:  # or a .gz that was cut short
         raise ExportError(f"{path} cannot be read: {error}") from error
-
-
-def read_text(path: Path) -> str:
-    """Raises ExportError for a file that is not UTF-8."""
-    from lance_edge.errors import ExportError
-
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ExportError(f"{path} is not valid UTF-8 (byte {error.start + 1})") from error
 
 
 def check_prompts(texts: Iterable[str]) -> None:

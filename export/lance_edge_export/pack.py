@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lance_edge.bundle import (
     FORMAT,
@@ -25,7 +25,9 @@ from lance_edge.errors import ExportError
 from lance_edge.pipeline import Pipeline, load
 from lance_edge.weights import WEIGHTS
 from lance_edge_export.place import whole
-from lance_edge_export.refiner import RefinerFiles
+
+if TYPE_CHECKING:  # it needs torch
+    from lance_edge_export.refiner import RefinerFiles
 
 GOLDENS = "goldens.json"
 GRADIENTS = "gradients.json"
@@ -77,7 +79,7 @@ def write_bundle(
                 "none of the golden prompts is clear of a threshold on this bundle; give others with "
                 "--golden-prompts"
             )
-        files[GOLDENS] = _json(kept)
+        files[GOLDENS] = json_bytes(kept)
         _write(partial, manifest, files)
 
 
@@ -234,8 +236,9 @@ def _write(
     values["files"] = {name: asdict(entry) for name, entry in entries.items()}
     if manifest.refiner is not None:
         values["refiner"]["shape"] = manifest.refiner.shape.essentials()
-    (folder / MANIFEST).write_bytes(_json(values))
+    (folder / MANIFEST).write_bytes(json_bytes(values))
 
 
-def _json(value: Any) -> bytes:
+def json_bytes(value: Any) -> bytes:
+    """A value as indented JSON."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -35,6 +35,13 @@ def pack(
             show_default="with",
         ),
     ] = True,
+    taxonomy: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON file with other titles and actions of its categories, as its taxonomy.json.",
+            show_default="the bundle's",
+        ),
+    ] = None,
     sign: Annotated[
         Path | None,
         typer.Option(help="PEM file with a private key that signs it.", show_default="not signed"),
@@ -46,6 +53,7 @@ def pack(
     from lance_edge.signature import sign as sign_bundle
     from lance_edge_export.place import check_replaceable, is_bundle, is_repository, whole
     from lance_edge_export.portable import copy_bundle
+    from lance_edge_export.taxonomy import describe_anew
     from lance_edge_export.triton import MODELS, write_repository
 
     opened = open_bundle(bundle, public_key)
@@ -58,8 +66,10 @@ def pack(
         else:
             copy_bundle(opened, folder, with_weights)
             packed = [folder]
-        if sign is not None:
-            for inside in packed:
+        for inside in packed:
+            if taxonomy is not None:
+                describe_anew(inside, taxonomy)
+            if sign is not None:
                 sign_bundle(inside, sign, opened.manifest.name)
     typer.echo(f"wrote {out}")
     return 0

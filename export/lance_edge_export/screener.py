@@ -12,8 +12,7 @@ import numpy as np
 import onnx
 
 from lance_edge.bundle import ScreenerSpec
-from lance_edge.errors import ExportError, ParityError
-from lance_edge.policy import STRENGTH
+from lance_edge.errors import ParityError
 from lance_edge.tokenizer import Tokenizer, Window
 from lance_edge.verify import TOLERANCE
 from lance_edge_engines import open_session
@@ -163,23 +162,3 @@ def compare_stages(
 def counted(operators: Mapping[str, int]) -> str:
     """Operators with how often each stands in a graph."""
     return ", ".join(f"{name} {count}" for name, count in operators.items()) or "none"
-
-
-def with_taxonomy(found: list[dict[str, Any]], given: object) -> list[dict[str, Any]]:
-    """The checkpoint's categories as a taxonomy file describes them. Raises ExportError."""
-    keys = ("name", "title", "action")
-    if not isinstance(given, list) or not all(
-        isinstance(e, dict) and all(isinstance(e.get(k), str) for k in keys) for e in given
-    ):
-        raise ExportError(
-            "a taxonomy is a list of objects, each with a name, a title and an action"
-        )
-    if odd := sorted({entry["action"] for entry in given} - set(STRENGTH)):
-        raise ExportError(f"a taxonomy's actions are {', '.join(STRENGTH)}, not {', '.join(odd)}")
-    by_name = {entry["name"]: entry for entry in given}
-    names = [entry["name"] for entry in found]
-    if set(by_name) != set(names) or len(by_name) < len(given):
-        raise ExportError(
-            f"the taxonomy must describe the checkpoint's categories, each once: {', '.join(names)}"
-        )
-    return [by_name[name] for name in names]

@@ -44,7 +44,7 @@ from lance_edge_export.half import half_products
 from lance_edge_export.layers import layer_errors, linear_layers
 from lance_edge_export.optimise import merge_projections
 from lance_edge_export.quantise import int8_products
-from lance_edge_export.screener import with_taxonomy
+from lance_edge_export.taxonomy import with_taxonomy
 from lance_edge_export.to_onnx import export_screener
 from lance_edge_training.checkpoint import new_screener, save_screener
 from lance_edge_training.evaluate import network_session

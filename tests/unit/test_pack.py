@@ -108,6 +108,61 @@ def test_a_bundle_without_a_refiner_needs_no_weights(tiny_bundle: Path, tmp_path
     assert contents(tmp_path / "packed") == contents(tiny_bundle)
 
 
+# Another taxonomy
+
+
+def describe(bundle: Path, path: Path, **actions: str) -> Path:
+    """The bundle's taxonomy in a file, in another order, with other actions."""
+    entries = json.loads((bundle / "taxonomy.json").read_bytes())
+    changed = [{**e, "action": actions.get(e["name"], e["action"])} for e in reversed(entries)]
+    path.write_text(json.dumps(changed), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("output_format", "inside"),
+    [("bundle", ["."]), ("triton", ["pipeline/1/bundle", "refiner/1/bundle"])],
+)
+def test_other_actions_are_packed_with_goldens_and_a_card_that_agree(
+    bundle: Path, weights: Path, tmp_path: Path, output_format: str, inside: list[str]
+) -> None:
+    taxonomy = describe(bundle, tmp_path / "taxonomy.json", violence="review")
+    out = tmp_path / "packed"
+    done = pack(bundle, out, "--format", output_format, "--taxonomy", taxonomy)
+    assert done.exit_code == 0, done.stderr
+    for folder in inside:
+        opened = open_bundle(out / folder)
+        opened.verify()
+        names = [category.name for category in open_bundle(bundle).categories]
+        assert [category.name for category in opened.categories] == names
+        assert "| violence | Violence | review |" in (out / folder / "README.md").read_text("utf-8")
+        goldens = json.loads(opened.read("goldens.json"))
+        with lance_edge.load(out / folder, "cpu", threads=1) as guard:
+            assert guard.refine("bomb").decision == "review"
+            said = [guard.screen(golden["prompt"]).decision for golden in goldens]
+        assert said == [golden["decision"] for golden in goldens] != []
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        ("[", "is not valid JSON"),
+        ("{}", "a taxonomy is a list of objects, each with a name"),
+        ('[{"name": "violence", "title": "V", "action": "shrug"}]', "not shrug"),
+        ('[{"name": "violence", "title": "V", "action": "block"}]', "each once: violence, privacy"),
+    ],
+)
+def test_a_taxonomy_of_other_categories_leaves_nothing(
+    tiny_bundle: Path, tmp_path: Path, contents: str, message: str
+) -> None:
+    path = tmp_path / "taxonomy.json"
+    path.write_text(contents, encoding="utf-8")
+    done = pack(tiny_bundle, tmp_path / "packed", "--taxonomy", path)
+    assert done.exit_code != 0
+    assert message in done.stderr
+    assert not (tmp_path / "packed").exists() and not left(tmp_path / "packed")
+
+
 # What is refused
 
 

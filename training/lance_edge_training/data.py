@@ -124,7 +124,9 @@ def pair_examples(row: dict[str, Any], categories: Sequence[str]) -> list[Exampl
 
 
 def split_rows(
-    folder: Path, kind: Literal["prompts", "pairs"], split: Literal["train", "dev", "test"]
+    folder: Path,
+    kind: Literal["prompts", "pairs", "preferences"],
+    split: Literal["train", "dev", "test"],
 ) -> Iterator[dict[str, Any]]:
     """Rows of FOLDER/kind/split.jsonl, gzipped (.gz) or not; none if there is no such file.
 
