@@ -342,6 +342,11 @@ class Bundle:
         self._fits(templates.categories, path)
         return templates
 
+    @property
+    def least_known(self) -> float:
+        """Share of a prompt's words that its vocabulary must have; 0 where the bundle does not say."""
+        return self.manifest.refiner.least_known if self.manifest.refiner else 0.0
+
     def second_look(self) -> SecondLook:
         """The second look's calibration. Raises BundleError if there is no refiner."""
         if self.manifest.refiner is None:

@@ -521,7 +521,8 @@ def each_verdict(
     progress.clear()
     report.close()
     if not quiet and (counts["screened"] != 1 or counts["failed"] or counts["blank"]):
-        blank = f", {counts['blank']:,} blank lines skipped" if counts["blank"] else ""
+        lines = "line" if counts["blank"] == 1 else "lines"
+        blank = f", {counts['blank']:,} blank {lines} skipped" if counts["blank"] else ""
         complain(
             f"{counts['screened']:,} screened, {counts['flagged']:,} flagged, "
             f"{counts['failed']:,} not screened{blank}"

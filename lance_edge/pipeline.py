@@ -20,13 +20,13 @@ from lance_edge.errors import BundleError, InvalidOption, InvalidPrompt, LanceEr
 from lance_edge.gradient import critique, gradients, widened
 from lance_edge.graphs import Graphs, open_graphs
 from lance_edge.language import LanguageTokenizer
-from lance_edge.policy import Policy, check_whole, policy
+from lance_edge.policy import STRENGTH, Policy, check_whole, policy
 from lance_edge.refiner import Reading, Refiner, Rewrite
 from lance_edge.repair import diff, repair
 from lance_edge.screener import FloatArray, Labels, Screener, both_looks
 from lance_edge.spans import hazard_spans
 from lance_edge.tokenizer import Tokenizer, Window
-from lance_edge.verdict import Gradient, Timings, Verdict
+from lance_edge.verdict import Decision, Gradient, Timings, Verdict
 from lance_edge_engines import BACKENDS, SessionError
 
 if TYPE_CHECKING:
@@ -232,13 +232,8 @@ class Pipeline:
                 f"{refiner.tokenizer.count(prompt)}"
             )
             return replace(verdict, decision=self.policy.unrepaired, reason=reason)
-        known, total = self.tokenizer.known_words(prompt)
-        # One known word is added, so that a short prompt is not judged by one rare word.
-        if total >= FEWEST_JUDGED and (known + 1) / (total + 1) < refiner.least_known:
-            reason = (
-                "it does not seem to be in a language that the refiner writes: of its "
-                f"{total} words {known} are known"
-            )
+        if count := self._unknown_language(prompt, refiner.least_known):
+            reason = f"it does not seem to be in a language that the refiner writes: {count}"
             return replace(verdict, decision=self.policy.unrepaired, reason=reason)
 
         def rewrite(critique: str) -> Rewrite:
@@ -277,6 +272,24 @@ class Pipeline:
             timings=replace(verdict.timings, refine_ms=refine_ms),
         )
 
+    def _unknown_language(self, text: str, least_known: float) -> str | None:
+        """What says that a text is in a language that was not trained; None if nothing does."""
+        known, total = self.tokenizer.known_words(text)
+        # One known word is added, so that a short prompt is not judged by one rare word.
+        if total < FEWEST_JUDGED or (known + 1) / (total + 1) >= least_known:
+            return None
+        return f"of its {total} words {known} are known"
+
+    def _decide(self, prompt: str, flagged: Sequence[str]) -> tuple[Decision, str | None]:
+        """The decision on a prompt, and the reason if it is not its categories'."""
+        decision, other = self.policy.decide(flagged), self.policy.other_language
+        if other == "read" or STRENGTH.index(decision) >= STRENGTH.index(other):
+            return decision, None
+        count = self._unknown_language(prompt, self.bundle.least_known)
+        if count is None:
+            return decision, None
+        return other, f"it does not seem to be in a language that the screener knows: {count}"
+
     def _to_change(self, verdict: Verdict) -> tuple[Gradient, ...]:
         """The gradients of categories that the policy does not let pass."""
         return tuple(item for item in verdict.gradients if self.policy.stops(item.category))
@@ -284,12 +297,14 @@ class Pipeline:
     def _verdict(self, judged: Judged) -> Verdict:
         prompt, labels, names = judged.prompt, judged.labels, self.policy.categories
         flagged = self.policy.flagged(labels.severity)
+        decision, reason = self._decide(prompt.text, flagged)
         found: tuple[Gradient, ...] = ()
         if self.templates is not None:
             found = gradients(prompt.text, labels, flagged, names, self.templates)
         reading = judged.reading
         return Verdict(
-            decision=self.policy.decide(flagged),
+            decision=decision,
+            reason=reason,
             flagged=flagged,
             severity=_by_name(names, labels.severity),
             deviation=_by_name(names, labels.deviation),

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -23,6 +23,14 @@ STRENGTH: tuple[Decision, ...] = ("allow", "advise", "rewrite", "review", "block
 LEAST_DEVIATION = 0.02  # of a severity, in `Policy.margin`: below, deviations say nothing more
 
 OnError = Literal["closed", "open"]
+OtherLanguage = Literal["read", "review", "block"]
+
+# What a policy may say besides thresholds, actions and max_steps, and the values it may have.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "unrepaired": ("block", "review"),
+    "on_error": get_args(OnError),
+    "other_language": get_args(OtherLanguage),
+}
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,8 @@ class Policy:
     on_error    the refiner fails: "closed" decides as for `unrepaired` at least, "open" allows
                 what was to be rewritten
     max_steps   rewrites that are tried, each with the critique of what is left
+    other_language  at least this is decided for a prompt that does not seem to be in a language that
+                    the screener knows; "read" decides as for others
     """
 
     categories: tuple[str, ...]
@@ -43,6 +53,7 @@ class Policy:
     unrepaired: Literal["block", "review"] = "block"
     on_error: OnError = "closed"
     max_steps: int = 3
+    other_language: OtherLanguage = "read"
 
     def __post_init__(self) -> None:
         check_whole("max_steps", self.max_steps)
@@ -84,9 +95,10 @@ def policy(
 
     thresholds  by category ("*": all that are not named), or one for all
     rules       the contents of a policy file: `thresholds`, `actions` by category, `unrepaired`,
-                `on_error`, `max_steps`; `thresholds` above count before these
+                `on_error`, `max_steps`, `other_language`; `thresholds` above count before these
 
-    Raises InvalidOption for a category that the bundle does not know, or a value out of its range.
+    Raises InvalidOption for a category that the bundle does not know, a value out of its range, or an
+    `other_language` where the bundle does not say how many of a prompt's words must be known.
     """
     if not isinstance(rules, Mapping | None):
         raise InvalidOption(f"rules must map settings to values, not be {rules!r}")
@@ -97,13 +109,18 @@ def policy(
         chosen |= _thresholds(change, names)
     actions = {category.name: category.action for category in bundle.categories}
     actions |= _actions(rules.pop("actions", {}), names)
-    for key, allowed in (("unrepaired", ("block", "review")), ("on_error", ("closed", "open"))):
+    for key, allowed in CHOICES.items():
         if key in rules and rules[key] not in allowed:
             raise InvalidOption(f"{key} must be {' or '.join(allowed)}, not {rules[key]!r}")
-    if odd := sorted(map(str, set(rules) - {"unrepaired", "on_error", "max_steps"})):
+    if odd := sorted(map(str, set(rules) - {*CHOICES, "max_steps"})):
         raise InvalidOption(
-            f"a policy has no {', '.join(odd)}; it has thresholds, actions, unrepaired, on_error "
+            f"a policy has no {', '.join(odd)}; it has thresholds, actions, {', '.join(CHOICES)} "
             "and max_steps"
+        )
+    if rules.get("other_language", "read") != "read" and not bundle.least_known:
+        raise InvalidOption(
+            f"the bundle {bundle.manifest.name} does not say how many of a prompt's words must be known "
+            "(least_known), so other languages cannot be told; leave out other_language"
         )
     return Policy(
         names,

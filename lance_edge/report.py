@@ -86,10 +86,9 @@ class Report:
         if not verdict.flagged:
             scores = f"(highest: {scores})"
         decision = self._paint(f"{verdict.decision:<7}", verdict.decision)
-        text = " ".join((item.text or "").split())
-        excerpt = text if len(text) <= EXCERPT else text[: EXCERPT - 1] + "…"
+        text = excerpt(item.text or "", min((s.start for s in verdict.spans), default=0))
         place = "" if item.source is None else f"{printable(item.place)}  "
-        self._out.write(f"{place}{decision}  {scores}  {printable(excerpt)}\n")
+        self._out.write(f"{place}{decision}  {scores}  {printable(text)}\n")
         if verdict.spans:
             self._line(f"words: {_words(item.text or '', verdict)}")
         if verdict.reason is not None:
@@ -162,6 +161,18 @@ class Steps:
     def __exit__(self, *_: object) -> None:
         if self._enabled and self._live and self._shown:
             tell("\r\x1b[K", self._err)
+
+
+def excerpt(text: str, at: int) -> str:
+    """The text in one line; of a long one a part: its beginning, or what stands around a place."""
+    line = " ".join(text.split())
+    place = len(" ".join([*text[:at].split(), ""]))
+    start = 0 if place < EXCERPT * 2 // 3 else place - EXCERPT // 3
+    start = max(0, min(start, len(line) - EXCERPT + 1))
+    before, after = "…" * (start > 0), "…" * (start + EXCERPT - 1 < len(line))
+    if not before and len(line) <= EXCERPT:
+        return line
+    return f"{before}{line[start : start + EXCERPT - len(before) - len(after)]}{after}"
 
 
 def printable(text: str) -> str:

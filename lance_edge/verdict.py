@@ -99,7 +99,8 @@ class Verdict:
     critique      what the refiner was told first
     steps         the rewrites that were tried
     diff          from the prompt to the accepted rewrite
-    reason        why a prompt that should be rewritten was not; None otherwise
+    reason        why a prompt that should be rewritten was not, or what else than its categories
+                  decided; None otherwise
     tokens        tokens read, windows' overlaps counted once per window
     windows       stretches the prompt was read in
     bundle        SHA-256 of the bundle's manifest

@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 import lance_edge
 from lance_edge import cli
 from lance_edge.bundle import file_entry
+from lance_edge.report import EXCERPT, excerpt
 from lance_edge_engines import SessionError, available_devices
 
 ENTRY = [sys.executable, "-c", "from lance_edge.cli import main; main()"]
@@ -90,7 +91,7 @@ def test_verdicts_go_to_stdout_and_the_rest_to_stderr(tiny_bundle: Path) -> None
     assert [record["line"] for record in records(done.stdout.decode())] == [1, 2, 4]
     assert done.stderr.decode().splitlines() == [
         "lance-edge: -:2: the line is not valid UTF-8 (byte 1)",
-        "lance-edge: 2 screened, 1 flagged, 1 not screened, 1 blank lines skipped",
+        "lance-edge: 2 screened, 1 flagged, 1 not screened, 1 blank line skipped",
     ]
 
 
@@ -246,6 +247,26 @@ def test_a_full_disk_is_no_bug_of_ours(tiny_bundle: Path) -> None:
 
 
 # Formats
+
+
+@pytest.mark.parametrize(
+    ("text", "at", "shown"),
+    [
+        ("a  short\none", 3, "a short one"),
+        ("word " * 30 + "end", 0, "word " * 11 + "word…"),
+        (
+            "word " * 30 + "bomb " + "word " * 30,
+            150,
+            "…" + "word " * 4 + "bomb " + "word " * 6 + "wor…",
+        ),
+        ("word " * 30 + "bomb", 150, "…" + "word " * 11 + "bomb"),
+        ("word   " * 30 + "bomb", 210, "…" + "word " * 11 + "bomb"),
+    ],
+)
+def test_an_excerpt_of_a_long_text_shows_the_words(text: str, at: int, shown: str) -> None:
+    found = excerpt(text, at)
+    assert found == shown
+    assert len(found) <= EXCERPT
 
 
 def test_the_table_shows_scores_an_excerpt_and_the_words(screen: Invoke) -> None:

@@ -88,6 +88,8 @@ def test_rules_are_not_changed(bundle: Bundle) -> None:
     ("rules", "message"),
     [
         ({"treshold": 0.5}, "a policy has no treshold; it has thresholds, actions"),
+        ({"other_language": "rewrite"}, "other_language must be read or review or block"),
+        ({"other_language": "review"}, "does not say how many of a prompt's words must be known"),
         ({"b": 1, "a": 2}, "a policy has no a, b"),
         ({"thresholds": {"privcy": 0.5}}, "no category 'privcy'; did you mean privacy?"),
         ({"thresholds": {"zzz": 0.5}}, "no category 'zzz'; it has violence, privacy, child"),

@@ -467,6 +467,32 @@ def test_a_prompt_in_another_language_is_not_rewritten(
         assert guard.refine(other).steps
 
 
+@pytest.mark.parametrize(
+    ("setting", "prompt", "decision"),
+    [
+        ("review", "hello xx yy zz", "review"),
+        ("review", "bomb xx yy zz", "review"),
+        ("block", "bomb xx yy zz", "block"),
+        ("read", "hello xx yy zz", "allow"),
+        ("review", "hello xx", "allow"),
+        ("review", "hello the cake zz", "allow"),
+    ],
+)
+def test_the_policy_says_what_becomes_of_other_languages(
+    tmp_path: Path, setting: str, prompt: str, decision: str
+) -> None:
+    folder = tiny_refiner.write_bundle(tmp_path / "own", refiner={"least_known": 0.55})
+    with load(folder, looks="1", rules={"other_language": setting}) as pipeline:
+        verdict = pipeline.screen(prompt)
+    assert verdict.decision == decision
+    assert verdict.flagged == (("violence",) if "bomb" in prompt else ())
+    if decision == "allow":
+        assert verdict.reason is None
+    else:
+        assert verdict.reason is not None
+        assert "a language that the screener knows: of its 4 words 1 are known" in verdict.reason
+
+
 def test_a_prompt_longer_than_the_refiner_reads_is_not_rewritten(
     guard: lance_edge.Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
