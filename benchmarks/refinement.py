@@ -27,6 +27,9 @@ from lance_edge_training.data import read_rows
 
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples.md"
 
+# Of a rewrite's log-probability, in nats: what is left if a policy asks for so much.
+LEAST = (-12, -8, -6, -4, -2)
+
 REFUSAL = re.compile(
     r"\b(I (can(no|')t|am unable|won't)|I'm (sorry|unable)|as an AI|cannot (fulfil|assist|help))",
     re.IGNORECASE,
@@ -91,7 +94,7 @@ def rewrites(pairs: Pairs) -> dict[str, Any]:
     reasons: dict[str, int] = {}
     for _, verdict in wanted:
         if verdict.reason is not None:
-            reason = re.sub(r"'.*'|for .*", "...", verdict.reason)
+            reason = re.sub(r"'.*'|for .*|: its log-.*", "...", verdict.reason)
             reasons[reason] = reasons.get(reason, 0) + 1
     return {
         "records": len(wanted),
@@ -105,6 +108,13 @@ def rewrites(pairs: Pairs) -> dict[str, Any]:
         "blocked_by_category": float(
             np.mean([v.decision == "block" and v.reason is None for _, v in wanted])
         ),
+        "sent_to_review": float(
+            np.mean([v.decision == "review" and not v.steps for _, v in wanted])
+        ),
+        "accepted_by_least_log_probability": {
+            str(least): sum(v.steps[-1].log_probability >= least for v in accepted) / len(wanted)
+            for least in LEAST
+        },
         "reasons": reasons,
         "refusal_phrases": sum(  # that are the rewrite's own: people too say "I can't face Monday"
             bool(REFUSAL.search(v.refined or "")) and not REFUSAL.search(r["prompt"])

@@ -170,11 +170,16 @@ def refinement() -> str:
     rows = [
         ("records to rewrite", rewrite["records"]),
         ("of these, flagged", f"{rewrite['flagged']:.1%}"),
+        ("of these, sent to review by their category", f"{rewrite['sent_to_review']:.1%}"),
         ("of these, accepted within two steps", f"{rewrite['accepted_within_two_steps']:.1%}"),
         ("of these, accepted", f"{rewrite['accepted']:.1%}"),
         (
             "accepted, of those that were flagged for a rewrite",
             f"{rewrite['accepted_of_flagged_rewrites']:.1%}",
+        ),
+        *(
+            (f"accepted, with a log-probability of at least {least}", f"{share:.1%}")
+            for least, share in rewrite["accepted_by_least_log_probability"].items()
         ),
         ("refusal phrases in accepted rewrites", rewrite["refusal_phrases"]),
         (f"records to keep ({keep['records']}), byte-identical", f"{keep['identical']:.1%}"),

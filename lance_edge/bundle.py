@@ -205,6 +205,7 @@ class RefinerSpec:
     least_kept     share of the words outside the hazard that a rewrite must keep, in order
     least_known    share of a prompt's words that the screener's vocabulary must have, else the prompt is
                    taken to be in a language that the refiner cannot write; 0 to rewrite any
+    least_log_probability  of a rewrite as a whole, in nats, for it to be given back; None for any
     """
 
     graph: str
@@ -221,8 +222,13 @@ class RefinerSpec:
     base: BaseSpec | None
     weights: FileEntry
     least_known: float = 0.0
+    least_log_probability: float | None = None
 
     def __post_init__(self) -> None:
+        if (self.least_log_probability or 0.0) > 0:
+            raise BundleError(
+                f"least_log_probability must be at most 0, not {self.least_log_probability!r}"
+            )
         for name in ("least_kept", "least_known"):
             if not 0 <= getattr(self, name) <= 1:
                 raise BundleError(f"{name} must be 0 to 1, not {getattr(self, name)!r}")
@@ -346,6 +352,11 @@ class Bundle:
     def least_known(self) -> float:
         """Share of a prompt's words that its vocabulary must have; 0 where the bundle does not say."""
         return self.manifest.refiner.least_known if self.manifest.refiner else 0.0
+
+    @property
+    def least_log_probability(self) -> float | None:
+        """Of a rewrite, for it to be given back; None where the bundle does not say."""
+        return self.manifest.refiner.least_log_probability if self.manifest.refiner else None
 
     def second_look(self) -> SecondLook:
         """The second look's calibration. Raises BundleError if there is no refiner."""

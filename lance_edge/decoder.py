@@ -14,7 +14,7 @@ from lance_edge_engines import Session, State
 
 Float32Array = npt.NDArray[np.float32]
 
-OUTPUTS = ("tokens", "mean", "deviation")
+OUTPUTS = ("tokens", "log_probabilities", "mean", "deviation")
 BLOCK = 64  # rows; attention's own blocks are of a multiple of this
 
 
@@ -40,11 +40,13 @@ class Cache:
 class Step:
     """What one step says.
 
-    tokens           the most likely next token after each wanted row
-    mean, deviation  the second look's latent severities at the first wanted row   [C]
+    tokens             the most likely next token after each wanted row
+    log_probabilities  theirs, in nats
+    mean, deviation    the second look's latent severities at the first wanted row   [C]
     """
 
     tokens: list[int]
+    log_probabilities: list[float]
     mean: FloatArray
     deviation: FloatArray
 
@@ -62,7 +64,10 @@ class Decoder:
     ) -> None:
         names = {spec.name for spec in session.outputs}
         if not names.issuperset(OUTPUTS):
-            raise BundleError(f"the refiner's graph has outputs {sorted(names)}, not {OUTPUTS}")
+            raise BundleError(
+                f"the refiner's graph has no {', '.join(sorted(set(OUTPUTS) - names))}: it is an earlier "
+                "version's; export the refiner, and build its plans, again"
+            )
         self._session = session
         self._prefix = prefix
         self._prefix_length = prefix_length
@@ -102,6 +107,7 @@ class Decoder:
         cache.length += len(ids)
         return Step(
             outputs["tokens"][: len(ids) - first].tolist(),
+            outputs["log_probabilities"][: len(ids) - first].tolist(),
             outputs["mean"].astype(np.float64),
             outputs["deviation"].astype(np.float64),
         )

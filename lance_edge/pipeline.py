@@ -258,6 +258,7 @@ class Pipeline:
             widen=lambda text, found: widened(text, found, templates),
             is_control=refiner.tokenizer.has_control,
             least_kept=refiner.least_kept,
+            least_log_probability=self.policy.least_log_probability,
             max_steps=self.policy.max_steps,
         )
         refine_ms = (time.perf_counter() - started) * 1000

@@ -25,7 +25,8 @@ LEAST_DEVIATION = 0.02  # of a severity, in `Policy.margin`: below, deviations s
 OnError = Literal["closed", "open"]
 OtherLanguage = Literal["read", "review", "block"]
 
-# What a policy may say besides thresholds, actions and max_steps, and the values it may have.
+NUMBERS = ("max_steps", "least_log_probability")
+# What else a policy may say besides thresholds and actions, and the values it may have.
 CHOICES: dict[str, tuple[str, ...]] = {
     "unrepaired": ("block", "review"),
     "on_error": get_args(OnError),
@@ -43,6 +44,7 @@ class Policy:
     on_error    the refiner fails: "closed" decides as for `unrepaired` at least, "open" allows
                 what was to be rewritten
     max_steps   rewrites that are tried, each with the critique of what is left
+    least_log_probability  of a rewrite as a whole, in nats, for it to be given back; None for any
     other_language  at least this is decided for a prompt that does not seem to be in a language that
                     the screener knows; "read" decides as for others
     """
@@ -53,6 +55,7 @@ class Policy:
     unrepaired: Literal["block", "review"] = "block"
     on_error: OnError = "closed"
     max_steps: int = 3
+    least_log_probability: float | None = None
     other_language: OtherLanguage = "read"
 
     def __post_init__(self) -> None:
@@ -95,7 +98,8 @@ def policy(
 
     thresholds  by category ("*": all that are not named), or one for all
     rules       the contents of a policy file: `thresholds`, `actions` by category, `unrepaired`,
-                `on_error`, `max_steps`, `other_language`; `thresholds` above count before these
+                `on_error`, `max_steps`, `least_log_probability`, `other_language`; `thresholds` above
+                count before these
 
     Raises InvalidOption for a category that the bundle does not know, a value out of its range, or an
     `other_language` where the bundle does not say how many of a prompt's words must be known.
@@ -112,10 +116,15 @@ def policy(
     for key, allowed in CHOICES.items():
         if key in rules and rules[key] not in allowed:
             raise InvalidOption(f"{key} must be {' or '.join(allowed)}, not {rules[key]!r}")
-    if odd := sorted(map(str, set(rules) - {*CHOICES, "max_steps"})):
+    if odd := sorted(map(str, set(rules) - {*CHOICES, *NUMBERS})):
         raise InvalidOption(
-            f"a policy has no {', '.join(odd)}; it has thresholds, actions, {', '.join(CHOICES)} "
-            "and max_steps"
+            f"a policy has no {', '.join(odd)}; it has thresholds, actions, {', '.join(CHOICES)}, "
+            f"{' and '.join(NUMBERS)}"
+        )
+    least = rules.setdefault("least_log_probability", bundle.least_log_probability)
+    if isinstance(least, bool) or not isinstance(least, Real | None) or not (least or 0) <= 0:
+        raise InvalidOption(
+            f"least_log_probability must be a number of at most 0, or null, not {least!r}"
         )
     if rules.get("other_language", "read") != "read" and not bundle.least_known:
         raise InvalidOption(

@@ -7,6 +7,7 @@ one step settle several tokens.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,13 +45,16 @@ class Reading:
 class Rewrite:
     """What the refiner wrote, without the token that ends it.
 
-    ended    whether it came to an end by itself
-    steps    graph runs; drafted, accepted: tokens proposed by copying, and agreed with
+    ended            whether it came to an end by itself
+    log_probability  how likely the refiner finds it as a whole, in nats: the sum over its tokens, the
+                     one that ends it included
+    steps            graph runs; drafted, accepted: tokens proposed by copying, and agreed with
     """
 
     ids: tuple[int, ...]
     text: str
     ended: bool
+    log_probability: float
     steps: int
     drafted: int
     accepted: int
@@ -121,7 +125,7 @@ class Refiner:
         if len(opening) - len(self.tokenizer.after_prompt("")) > CRITIQUE_TOKENS:
             raise ValueError(f"the critique has more than {CRITIQUE_TOKENS} tokens")
         source = (*reading.prompt, self.tokenizer.end)
-        ids, counts = generate(
+        ids, counts, log_probability = generate(
             self.decoder,
             reading.cache,
             opening,
@@ -135,6 +139,7 @@ class Refiner:
             tuple(kept),
             self.tokenizer.decode(kept),
             ended,
+            log_probability,
             *counts,
             write_ms=(time.perf_counter() - started) * 1000,
         )
@@ -155,27 +160,34 @@ def generate(
     source: tuple[int, ...],
     limit: int,
     speculative: bool,
-) -> tuple[list[int], tuple[int, int, int]]:
-    """Greedy decoding after `opening`; the tokens, and (steps, drafted, accepted).
+) -> tuple[list[int], tuple[int, int, int], float]:
+    """Greedy decoding after `opening`; the tokens, (steps, drafted, accepted), and their log-probability.
 
     source  what the output is likely to copy, and the token that ends it, which comes last
     limit   tokens at most, the ending one included
+
+    Raises SessionError for a log-probability that is not a number.
     """
     end = source[-1]
     alignment = Alignment(source, pointer=0 if speculative else None)
-    output = decoder.step(cache, opening, first=len(opening) - 1).tokens
+    step = decoder.step(cache, opening, first=len(opening) - 1)
+    output, log_probability = step.tokens, sum(step.log_probabilities)
     alignment = advance(alignment, output, 0, output)
     steps = drafted = agreed = 0
     while output[-1] != end and len(output) < limit:
         draft = propose(alignment)[: limit - len(output) - 1] if speculative else []
-        following = decoder.step(cache, [output[-1], *draft]).tokens
+        step = decoder.step(cache, [output[-1], *draft])
+        following = step.tokens
         kept = accepted(draft, following)
         cache.rollback(cache.length - (len(draft) - kept))
         written = following[: kept + 1]
         if end in written:
             written = written[: written.index(end) + 1]
         output = [*output, *written]
+        log_probability += sum(step.log_probabilities[: len(written)])
         if speculative:
             alignment = advance(alignment, written, kept, output)
         steps, drafted, agreed = steps + 1, drafted + len(draft), agreed + kept
-    return output, (steps + 1, drafted, agreed)
+    if not math.isfinite(log_probability):
+        raise SessionError("the refiner's graph gave values that are not numbers")
+    return output, (steps + 1, drafted, agreed), log_probability

@@ -54,23 +54,27 @@ def repair(
     widen: Callable[[str, Sequence[Gradient]], tuple[Gradient, ...]],
     is_control: Callable[[str], bool],
     least_kept: float,
+    least_log_probability: float | None,
     max_steps: int,
 ) -> Repair:
     """Rewrite, read the rewrite as any prompt is read, accept it or go on with what is left.
 
-    A text that comes back as it was is tried once more, with a critique that quotes more of it.
+    A text that comes back as it was, or of which the refiner is unsure, is tried once more, with a critique
+    that quotes more of it.
 
     compose  gradients -> critique
     rewrite  critique -> a rewrite of the prompt, or of the last text that was judged
     judge    text -> gradients of what is flagged in it
     widen    text and its gradients -> the same, quoting more
+
+    least_log_probability  of a rewrite as a whole, in nats; None for any
     """
     steps: list[RefineStep] = []
     text, left = prompt, found
     told = compose(left)
     while True:
         made = rewrite(told)
-        read_before = [prompt, *(step.text for step in steps)]
+        read_before = [prompt, *(step.text for step in steps if step.flagged)]
         wrong = problem(read_before, made.text, made.ended, found, is_control, least_kept)
         still: tuple[Gradient, ...] = ()
         if wrong is None:
@@ -80,12 +84,20 @@ def repair(
                 wrong = f"it cannot be read as a prompt: {error}"
         if still:
             wrong = f"it is still flagged for {', '.join(item.category for item in still)}"
+        least = least_log_probability
+        unsure = wrong is None and least is not None and made.log_probability < least
+        if unsure:
+            wrong = (
+                f"the refiner is unsure of it: its log-probability is {made.log_probability:.1f}, and "
+                f"{least:g} is the least"
+            )
         steps.append(
             RefineStep(
                 critique=told,
                 text=made.text,
                 flagged=tuple(item.category for item in still),
                 problem=wrong,
+                log_probability=made.log_probability,
                 tokens=len(made.ids),
                 decode_steps=made.steps,
                 drafted=made.drafted,
@@ -96,7 +108,7 @@ def repair(
             return Repair(made.text, tuple(steps), None)
         if still:
             text, left = made.text, still
-        elif wrong == UNCHANGED:
+        elif unsure or wrong == UNCHANGED:
             left = widen(text, left)
         before, told = told, compose(left)
         if len(steps) == max_steps or (not still and told == before):
@@ -113,7 +125,7 @@ def problem(
 ) -> str | None:
     """Why a text cannot stand for the prompt, whatever the screener says of it; None if it can.
 
-    read_before  the prompt, and the rewrites that were judged before
+    read_before  the prompt, and the rewrites of it that were flagged
     ended        whether the rewrite came to an end by itself
     is_control   whether a text spells out a token of the prompt template
     least_kept   share of the words outside the gradients' elements that it must keep, in order

@@ -54,6 +54,7 @@ class RefineStep:
     text          what it wrote
     flagged       categories of the rewrite at or above their threshold
     problem       why it was not accepted; None if it was
+    log_probability  how likely the refiner finds it as a whole, in nats: 0 is certain
     tokens        of the rewrite
     decode_steps  graph runs that wrote it
     drafted       tokens proposed by copying from the prompt
@@ -64,6 +65,7 @@ class RefineStep:
     text: str
     flagged: tuple[str, ...]
     problem: str | None
+    log_probability: float
     tokens: int
     decode_steps: int
     drafted: int

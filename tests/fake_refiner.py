@@ -64,11 +64,18 @@ class FakeGraph:
         state.arrays["ids"] = np.array(ids, np.int64)
         self.runs.append((past, new))
         ends = range(past + first + 1, len(ids) + 1)
+        tokens = np.array([self.following(ids[:end]) for end in ends])
         return {
-            "tokens": np.array([self.following(ids[:end]) for end in ends]),
+            "tokens": tokens,
+            "log_probabilities": log_probabilities(tokens),
             "mean": np.array([ids[-1], len(ids)], np.float32),
             "deviation": np.array([1, 2], np.float32),
         }
+
+
+def log_probabilities(tokens: Array) -> Array:
+    """How likely the graph finds its tokens: by their number, in steps that sum without rounding."""
+    return (-(tokens % 8) / 16).astype(np.float32)
 
 
 def decoder(graph: FakeGraph, prefix: Sequence[int] = (), context: int = 4096) -> Decoder:

@@ -55,6 +55,7 @@ def export_checkpoint(
     precision: Precision,
     least_kept: float,
     least_known: float,
+    least_log_probability: float | None,
     samples: Sequence[Sample],
     workspace: Path,
 ) -> refiner.RefinerFiles:
@@ -105,6 +106,7 @@ def export_checkpoint(
         base=None,
         weights=written[precision],
         least_known=least_known,
+        least_log_probability=least_log_probability,
     )
     graph = decoder_graph(network.shape, len(categories), precision, context)
     neutral = Calibration(slope=1.0, intercept=0.0, threshold=0.5)

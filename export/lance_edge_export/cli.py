@@ -163,6 +163,14 @@ def refiner(
             "rewritten: it is in another language.",
         ),
     ] = 0.0,
+    least_log_probability: Annotated[
+        float | None,
+        typer.Option(
+            max=0,
+            help="Of a rewrite as a whole, in nats, for it to be given back.",
+            show_default="any",
+        ),
+    ] = None,
     public_key: PublicKeyOption = None,
 ) -> int:
     """Export a refiner into a copy of a bundle, each stage compared with the one before.
@@ -205,6 +213,7 @@ def refiner(
                 names,
                 least_kept,
                 least_known,
+                least_log_probability,
                 samples,
                 precision,
             )
@@ -216,6 +225,7 @@ def refiner(
                 precision,
                 least_kept,
                 least_known,
+                least_log_probability,
                 samples,
                 Path(workspace),
             )

@@ -87,6 +87,7 @@ def assemble(builder: Builder, entries: list[Entry], categories: int) -> onnx.Mo
         ],
         [
             value("tokens", TensorProto.INT64, ["wanted"]),
+            value("log_probabilities", FLOAT, ["wanted"]),
             value("mean", FLOAT, [categories]),
             value("deviation", FLOAT, [categories]),
             *(value(f"present.{name}", builder.cache_type, cache) for name in kept),
@@ -299,12 +300,20 @@ class Builder:
         if self.precision == "int8":
             self.add("Shape", [wanted], "wanted.T", start=1, end=2)
             self.add("Expand", ["middle.row", "wanted.T"], "middle.wanted")
-        # A cap on the logits, as some Gemma networks have, would not change which is the largest.
+        # A cap on the logits, as some Gemma networks have, would not change which is the largest, and is not
+        # in the log-probabilities.
         matrix = "embedding" if self.shape.tied else "output"
         logits = self.product(matrix, wanted, middle="middle.wanted")
         self.add("ArgMax", [logits], "tokens.row", axis=-1, keepdims=0)
         zero = self.constant("zero", [0], np.int64)
         self.add("Squeeze", ["tokens.row", zero], "tokens")
+        # The largest logit's log-probability: -log of the sum of exp(logit - largest).
+        vocabulary = self.constant("vocabulary", [-1], np.int64)
+        self.add("ReduceMax", [logits, vocabulary], "largest", keepdims=1)
+        self.add("Sub", [logits, "largest"], "below.largest")
+        self.add("ReduceLogSumExp", ["below.largest", vocabulary], "surprise", keepdims=0)
+        self.add("Neg", ["surprise"], "log_probabilities.row")
+        self.add("Squeeze", ["log_probabilities.row", zero], "log_probabilities")
         one = self.constant("one", [1], np.int64)
         state = self.add("Slice", [wanted, zero, one, axis], "state")
         flat = self.add("Reshape", [state, self.constant("row", [1, -1], np.int64)], "state.row")

@@ -60,6 +60,7 @@ def export_refiner(
     categories: Sequence[str],
     least_kept: float,
     least_known: float,
+    least_log_probability: float | None,
     samples: Sequence[tuple[str, str, str]],
     precision: Precision = "int8",
 ) -> RefinerFiles:
@@ -119,6 +120,7 @@ def export_refiner(
         base=origin,
         weights=FileEntry(digest, size),
         least_known=least_known,
+        least_log_probability=least_log_probability,
     )
     graph = decoder_graph(network.shape, len(categories), precision, CONTEXT)
     files = {

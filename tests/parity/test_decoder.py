@@ -111,6 +111,20 @@ def test_fp32_tokens_are_those_of_transformers(expected: Any) -> None:
 
 
 @pytest.mark.train
+def test_fp32_log_probabilities_are_those_of_transformers(llama: Any, expected: Any) -> None:
+    import torch
+
+    output, _ = expected
+    with torch.inference_mode():
+        likely = llama.lm_head(output.last_hidden_state)[0].log_softmax(-1).amax(-1)
+    reader = state_decoder("fp32")
+    step = reader.step(reader.start(80), random_ids(80, seed=1))
+    np.testing.assert_allclose(step.log_probabilities, likely.numpy(), rtol=0, atol=1e-4)
+    last = reader.step(reader.start(80), random_ids(80, seed=1), first=79)
+    np.testing.assert_allclose(last.log_probabilities, step.log_probabilities[79:], atol=1e-4)
+
+
+@pytest.mark.train
 def test_fp32_states_are_those_of_transformers(expected: Any) -> None:
     output, _ = expected
     theirs = output.last_hidden_state[0, 1::2].numpy()
@@ -413,16 +427,18 @@ def test_drafts_do_not_change_what_is_written(part: int) -> None:
             read.rollback(length)  # noqa: B023 - called in this round only
             return generate(reader, read, opening, source, limit, speculative)  # noqa: B023
 
-        output, counts = write((*prompt, END), False)
+        output, counts, likely = write((*prompt, END), False)
         assert counts == (len(output), 0, 0)
         end = END
         if case % 3 == 0:  # few of these networks' outputs come to an end: choose one that does
             end = rng.choice(output)
             output = output[: output.index(end) + 1]
-            assert write((*prompt, end), False)[0] == output
+            again, _, likely = write((*prompt, end), False)
+            assert again == output
         source = edited(output, rng) if case % 4 else prompt
-        found, counts = write((*source, end), True)
+        found, counts, drafted_likely = write((*source, end), True)
         assert found == output
+        assert drafted_likely == pytest.approx(likely, abs=1e-3)
         steps, drafted, agreed = steps + counts[0], drafted + counts[1], agreed + counts[2]
         written += len(found)
     assert steps < 0.85 * written  # drafts do save steps

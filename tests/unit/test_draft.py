@@ -30,7 +30,7 @@ END, OPEN = 0, 1  # control tokens of these tests; text tokens start at 2
 SOURCE = (*range(100, 130), END)
 PREFIX, OPENING = (51, 52, 53), [OPEN, 54]
 
-Written = tuple[list[int], tuple[int, int, int]]
+Written = tuple[list[int], tuple[int, int, int], float]
 
 ids = st.lists(st.integers(100, 104), max_size=12)
 
@@ -207,11 +207,11 @@ def test_speculative_output_is_greedy_output(
     source = (*tokens, END)
     model = editor(source, start_of(source), seed, edits)
     expected = greedy(model, source, limit)
-    plain, (plain_steps, *drafts) = write(model, source, limit, speculative=False)
+    plain, (plain_steps, *drafts), sure = write(model, source, limit, speculative=False)
     assert plain == expected
     assert (plain_steps, drafts) == (len(expected), [0, 0])
-    fast, (steps, drafted, kept) = write(model, source, limit, speculative=True)
-    assert fast == expected
+    fast, (steps, drafted, kept), as_sure = write(model, source, limit, speculative=True)
+    assert (fast, as_sure) == (expected, sure)
     assert 0 <= kept <= drafted
     assert len(expected) - kept <= steps <= len(expected)
 
@@ -219,7 +219,7 @@ def test_speculative_output_is_greedy_output(
 @pytest.mark.parametrize("length", [1, 2, 7, 40, 200])
 def test_a_copy_takes_few_steps(length: int) -> None:
     source = (*range(100, 100 + length), END)
-    output, (steps, drafted, kept) = write(copy_of(source), source, 300, speculative=True)
+    output, (steps, drafted, kept), _ = write(copy_of(source), source, 300, speculative=True)
     assert output == list(source)
     assert kept == drafted
     assert steps <= 6 + length // LONGEST
@@ -230,7 +230,7 @@ def test_a_copy_takes_few_steps(length: int) -> None:
 @pytest.mark.parametrize("limit", [1, 2, 3, 5, FIRST + 1, 20, 21, 22])
 def test_a_draft_never_exceeds_the_limit(limit: int) -> None:
     source = (*range(100, 120), END)
-    output, (_, drafted, _) = write(copy_of(source), source, limit, speculative=True)
+    output, (_, drafted, _), _ = write(copy_of(source), source, limit, speculative=True)
     assert output == list(source)[:limit]
     assert drafted < limit
 
@@ -244,13 +244,13 @@ def test_an_end_inside_or_behind_a_draft_ends_the_output(end: int) -> None:
     def model(ids: list[int]) -> int:
         return END if len(ids) - start == end else source[min(len(ids) - start, 11)]
 
-    output, _ = write(model, source, 30, speculative=True)
+    output, *_ = write(model, source, 30, speculative=True)
     assert output == [*source[:end], END]
 
 
 def test_an_end_within_the_source_ends_the_output() -> None:
     source = (100, 101, END, 102, 103, END)
-    output, _ = write(copy_of(source), source, 30, speculative=True)
+    output, *_ = write(copy_of(source), source, 30, speculative=True)
     assert output == [100, 101, END]
 
 
@@ -279,7 +279,7 @@ def test_the_cache_holds_what_was_written_and_nothing_of_rejected_drafts() -> No
     decoder = fake_refiner.decoder(FakeGraph(model), PREFIX)
     cache = decoder.start(200)
     decoder.step(cache, source, first=len(source) - 1)
-    output, (_, drafted, kept) = generate(decoder, cache, OPENING, source, 30, True)
+    output, (_, drafted, kept), _ = generate(decoder, cache, OPENING, source, 30, True)
     assert kept < drafted  # some were rejected
     held = cache.state.read("ids")[: cache.length].tolist()
     assert held == [*PREFIX, *source, *OPENING, *output[:-1]]

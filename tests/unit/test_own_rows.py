@@ -68,5 +68,17 @@ def test_pairs_turn_their_spans_and_keep_the_rest() -> None:
         assert not any(span in row["refined"] for span in marked), row["id"]
 
 
+def test_preferences_speak_of_our_prompts_and_prefer_something(rows: list[dict[str, Any]]) -> None:
+    prompts = {row["prompt"] for row in rows}
+    found = read("preferences")
+    assert len({row["id"] for row in found}) == len(found) > 400
+    for row in found:
+        assert row["prompt"] in prompts, row["id"]
+        assert row["chosen"] and row["rejected"] and row["critique"], row["id"]
+        texts = {text.strip() for text in row["chosen"] + row["rejected"]} | {row["prompt"].strip()}
+        assert len(texts) == len(row["chosen"]) + len(row["rejected"]) + 1, row["id"]
+
+
 def test_every_row_may_be_trained_on_and_is_ours(rows: list[dict[str, Any]]) -> None:
-    assert {(row["source"], row["may_train"]) for row in rows} == {("own", True)}
+    every = [*rows, *read("preferences")]
+    assert {(row["source"], row["may_train"]) for row in every} == {("own", True)}

@@ -88,6 +88,13 @@ def test_rules_are_not_changed(bundle: Bundle) -> None:
     ("rules", "message"),
     [
         ({"treshold": 0.5}, "a policy has no treshold; it has thresholds, actions"),
+        ({"least_log_probability": 0.5}, "must be a number of at most 0, or null, not 0.5"),
+        ({"least_log_probability": "-3"}, "must be a number of at most 0, or null, not '-3'"),
+        ({"least_log_probability": True}, "must be a number of at most 0, or null, not True"),
+        (
+            {"least_log_probability": float("nan")},
+            "must be a number of at most 0, or null, not nan",
+        ),
         ({"other_language": "rewrite"}, "other_language must be read or review or block"),
         ({"other_language": "review"}, "does not say how many of a prompt's words must be known"),
         ({"b": 1, "a": 2}, "a policy has no a, b"),

@@ -99,7 +99,7 @@ class Scripted:
             self.seen.append((refiner.tokenizer.decode(list(reading.prompt)), critique))
             text = self.texts.pop(0) if len(self.texts) > 1 else self.texts[0]
             ids = tuple(refiner.tokenizer.encode(text))
-            return Rewrite(ids, text, self.ended, 3, len(ids) + 1, len(ids), 0.5)
+            return Rewrite(ids, text, self.ended, -1.0, 3, len(ids) + 1, len(ids), 0.5)
 
         monkeypatch.setattr(Refiner, "rewrite", rewrite)
         return self
@@ -465,6 +465,36 @@ def test_a_prompt_in_another_language_is_not_rewritten(
     assert verdict.reason.endswith(f"of its {total} words {known} are known")
     for other in ("bomb xx", "bomb the hello zz", "bomb 1 2 3 ( ) 4"):
         assert guard.refine(other).steps
+
+
+@pytest.mark.parametrize(
+    ("bundle_says", "rules", "steps", "sure"),
+    [
+        (None, {}, 1, True),
+        (-0.9, {}, 2, False),
+        (-1.1, {}, 1, True),
+        (-0.9, {"least_log_probability": -1.5}, 1, True),
+        (-0.9, {"least_log_probability": None}, 1, True),
+        (None, {"least_log_probability": -0.5}, 2, False),
+    ],
+)
+def test_how_sure_the_refiner_must_be_is_the_bundles_or_the_policys(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    bundle_says: float | None,
+    rules: dict[str, Any],
+    steps: int,
+    sure: bool,
+) -> None:
+    """The scripted rewrites have a log-probability of -1."""
+    refiner = {"least_log_probability": bundle_says}
+    folder = tiny_refiner.write_bundle(tmp_path / "own", refiner=refiner)
+    with load(folder, looks="1", rules=rules) as pipeline:
+        Scripted("hello the cake").install(monkeypatch)
+        verdict = pipeline.refine(FLAGGED)
+    assert len(verdict.steps) == steps
+    assert (verdict.refined is not None) == sure
+    assert ("unsure of it" in (verdict.reason or "")) != sure
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,25 @@ def test_rewrite_goes_on_from_the_reading() -> None:
     assert 0 < made.accepted <= made.drafted
 
 
+@pytest.mark.parametrize("speculative", [True, False])
+def test_a_rewrite_is_as_likely_as_its_tokens_together(speculative: bool) -> None:
+    refiner, _ = refiner_of(writer(by_critique))
+    made = refiner.rewrite(refiner.read(PROMPT), "cake", speculative)
+    tokens = np.array([*made.ids, LANGUAGE.end])
+    assert made.log_probability == fake_refiner.log_probabilities(tokens).sum() < 0
+
+
+def test_a_rewrite_whose_likelihood_is_not_a_number_is_a_fault_of_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    refiner, _ = refiner_of(writer(by_critique))
+    reading = refiner.read(PROMPT)
+    nothing = np.array([np.nan])
+    monkeypatch.setattr(fake_refiner, "log_probabilities", lambda tokens: nothing)
+    with pytest.raises(SessionError, match="not numbers"):
+        refiner.rewrite(reading, "cake")
+
+
 def test_one_reading_serves_several_critiques() -> None:
     refiner, _ = refiner_of(writer(by_critique))
     reading = refiner.read(PROMPT)
@@ -173,7 +192,12 @@ def test_a_critique_has_its_room_and_no_more() -> None:
 
 
 def test_looks_that_are_not_numbers_are_a_fault_of_the_device() -> None:
-    outputs = {"tokens": [0], "mean": [float("nan"), 0], "deviation": [1, 1]}
+    outputs = {
+        "tokens": [0],
+        "log_probabilities": [0.0],
+        "mean": [float("nan"), 0],
+        "deviation": [1, 1],
+    }
     specs = [TensorSpec(name, np.dtype(np.float32), (None,)) for name in outputs]
     session = FakeSession(
         lambda inputs, state: {name: np.array(value) for name, value in outputs.items()},
@@ -206,7 +230,7 @@ def test_a_step_of_one_token_is_what_it_is_among_several() -> None:
 
 def test_a_graph_without_looks_is_refused() -> None:
     specs = [TensorSpec("tokens", np.dtype(np.int64), (None,))]
-    with pytest.raises(BundleError, match="has outputs"):
+    with pytest.raises(BundleError, match="graph has no deviation, log_probabilities, mean"):
         Decoder(FakeSession(lambda inputs: {}, outputs=specs), {}, 0, 16)
 
 

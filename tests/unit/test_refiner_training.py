@@ -351,6 +351,7 @@ def refined_bundle(
             tiny.CATEGORIES,
             least_kept=0.5,
             least_known=0.25,
+            least_log_probability=-30.0,
             samples=samples,
         )
     out = tmp_path_factory.mktemp("exported") / "bundle"
@@ -368,6 +369,7 @@ def test_an_exported_refiner_is_pulled_and_refines(
     assert opened.manifest.parity["refiner fp32"]["agreement"] >= 0.999
     assert opened.manifest.refiner is not None
     assert opened.manifest.refiner.least_known == 0.25
+    assert opened.least_log_probability == -30.0
     weights = pull(opened, base)
     assert weights.stat().st_size == opened.manifest.refiner.weights.bytes  # type: ignore[union-attr]
     with lance_edge.load(refined_bundle, "cpu") as guard:
@@ -382,7 +384,9 @@ def test_an_export_that_changes_too_much_fails(
     monkeypatch.setattr(exporter, "LEAST_AGREEMENT", {"fp32": 1.01, "int8": 0.0})
     samples = [("hello", "no violence", "hello the cake")]
     with pytest.raises(ParityError, match="next tokens agree"):
-        exporter.export_refiner(checkpoint, base, "a==1", "b", tiny.CATEGORIES, 0.5, 0.0, samples)
+        exporter.export_refiner(
+            checkpoint, base, "a==1", "b", tiny.CATEGORIES, 0.5, 0.0, None, samples
+        )
 
 
 @pytest.mark.parametrize(
@@ -392,12 +396,14 @@ def test_a_refiner_of_other_categories_is_refused(
     checkpoint: Path, base: Path, categories: tuple[str, ...]
 ) -> None:
     with pytest.raises(ExportError, match="was trained with the categories violence, privacy"):
-        exporter.export_refiner(checkpoint, base, "a==1", "b", categories, 0.5, 0.0, [])
+        exporter.export_refiner(checkpoint, base, "a==1", "b", categories, 0.5, 0.0, None, [])
 
 
 def test_a_package_is_a_name_and_a_version(checkpoint: Path, base: Path) -> None:
     with pytest.raises(BundleError, match="name==version, not 'tiny-base'"):
-        exporter.export_refiner(checkpoint, base, "tiny-base", "b", tiny.CATEGORIES, 0.5, 0.0, [])
+        exporter.export_refiner(
+            checkpoint, base, "tiny-base", "b", tiny.CATEGORIES, 0.5, 0.0, None, []
+        )
 
 
 def test_the_second_look_is_calibrated_on_the_calibration_half(

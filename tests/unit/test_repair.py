@@ -63,7 +63,12 @@ class Script:
         self.widened.append(text)
         return tuple(replace(item, text=f"{item.category}: all of it") for item in found)
 
-    def run(self, found: tuple[Gradient, ...] = (VIOLENCE,), max_steps: int = 3) -> Repair:
+    def run(
+        self,
+        found: tuple[Gradient, ...] = (VIOLENCE,),
+        max_steps: int = 3,
+        least_log_probability: float | None = None,
+    ) -> Repair:
         return repair(
             PROMPT,
             found,
@@ -73,12 +78,13 @@ class Script:
             widen=self.widen,
             is_control=LANGUAGE.has_control,
             least_kept=0.6,
+            least_log_probability=least_log_probability,
             max_steps=max_steps,
         )
 
 
 def written(text: str, ended: bool = True) -> Rewrite:
-    return Rewrite((1, 2, 3), text, ended, steps=4, drafted=5, accepted=3, write_ms=1.0)
+    return Rewrite((1, 2, 3), text, ended, -1.5, steps=4, drafted=5, accepted=3, write_ms=1.0)
 
 
 def why_not(rewrite: str, prompt: str = PROMPT, ended: bool = True, *hazard: str) -> str | None:
@@ -132,6 +138,34 @@ def test_an_unacceptable_rewrite_ends_the_loop_unjudged(made: Rewrite, wrong: st
     assert (done.refined, done.reason) == (None, f"the rewrite was not accepted: {wrong}")
     assert [step.problem for step in done.steps] == [wrong]
     assert script.judged == []
+
+
+def test_a_rewrite_that_the_refiner_is_unsure_of_is_tried_once_more() -> None:
+    other = PROMPT.replace("a bomb", "a kite")
+    unsure = replace(written(other), log_probability=-9.26)
+    script = Script([unsure, SAFE], [(), ()])
+    done = script.run(least_log_probability=-9.0)
+    assert done.refined == SAFE
+    assert (script.widened, script.judged) == ([PROMPT], [other, SAFE])
+    assert done.steps[0].problem == (
+        "the refiner is unsure of it: its log-probability is -9.3, and -9 is the least"
+    )
+    assert [step.log_probability for step in done.steps] == [-9.26, -1.5]
+
+
+@pytest.mark.parametrize(("least", "accepted"), [(None, True), (-9.26, True), (-9.0, False)])
+def test_how_unsure_a_rewrite_may_be_is_asked_for(least: float | None, accepted: bool) -> None:
+    unsure = replace(written(SAFE), log_probability=-9.26)
+    done = Script([unsure] * 3, [()] * 3).run(least_log_probability=least)
+    assert done.refined == (SAFE if accepted else None)
+    assert (done.reason is None) == accepted
+    assert len(done.steps) == (1 if accepted else 2)  # once more, with more of it quoted
+
+
+def test_what_is_still_flagged_is_said_before_doubts() -> None:
+    unsure = replace(written(SAFE), log_probability=-99.0)
+    done = Script([unsure], [(VIOLENCE,)]).run(least_log_probability=-9.0, max_steps=1)
+    assert done.reason == "the rewrite was not accepted: it is still flagged for violence"
 
 
 def test_a_text_that_comes_back_is_tried_once_more_with_more_of_it_quoted() -> None:

@@ -135,7 +135,7 @@ def test_a_request_may_choose_its_task(
 ) -> None:
     def rewrite(refiner: Refiner, reading: Reading, critique: str) -> Rewrite:
         ids = tuple(refiner.tokenizer.encode("the cake"))
-        return Rewrite(ids, "the cake", True, 1, 0, 0, 0.5)
+        return Rewrite(ids, "the cake", True, -1.0, 1, 0, 0, 0.5)
 
     monkeypatch.setattr(Refiner, "rewrite", rewrite)
     tasks = ["refine", "screen", "refine"]
