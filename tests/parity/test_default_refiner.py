@@ -62,7 +62,9 @@ def test_other_critiques_of_one_prompt_lead_to_other_edits(refiner: Refiner) -> 
         "turn to consent: ask her for her address",
     )
     rewrites = [refiner.rewrite(reading, line + direction) for direction in directions]
-    assert len({rewrite.text for rewrite in rewrites}) >= 2  # the default one writes two of three alike
+    assert (
+        len({rewrite.text for rewrite in rewrites}) >= 2
+    )  # the default one writes two of three alike
     for rewrite in rewrites:
         assert rewrite.ended
         assert "three songs for May" in rewrite.text
