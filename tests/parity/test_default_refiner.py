@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.metadata import version
 
 import pytest
 
@@ -62,9 +63,8 @@ def test_other_critiques_of_one_prompt_lead_to_other_edits(refiner: Refiner) -> 
         "turn to consent: ask her for her address",
     )
     rewrites = [refiner.rewrite(reading, line + direction) for direction in directions]
-    assert (
-        len({rewrite.text for rewrite in rewrites}) >= 2
-    )  # the default one writes two of three alike
+    old = version("onnxruntime").startswith("1.23")  # there two of the three come out alike
+    assert len({rewrite.text for rewrite in rewrites}) >= len(directions) - old
     for rewrite in rewrites:
         assert rewrite.ended
         assert "three songs for May" in rewrite.text
