@@ -44,7 +44,7 @@ from lance_edge_export.half import half_products
 from lance_edge_export.layers import layer_errors, linear_layers
 from lance_edge_export.optimise import merge_projections
 from lance_edge_export.quantise import int8_products
-from lance_edge_export.taxonomy import with_taxonomy
+from lance_edge_export.taxonomy import read_text, with_taxonomy
 from lance_edge_export.to_onnx import export_screener
 from lance_edge_training.checkpoint import new_screener, save_screener
 from lance_edge_training.evaluate import network_session
@@ -540,7 +540,7 @@ def test_golden_prompts_are_looked_at_first(tmp_path: Path) -> None:
     path = tmp_path / "golden.txt"
     path.write_bytes(b"hello \xff")
     with pytest.raises(ExportError, match=r"golden\.txt is not valid UTF-8 \(byte 7\)"):
-        cli.read_text(path)
+        read_text(path)
 
 
 def test_a_folder_that_is_no_bundle_is_not_replaced(tmp_path: Path) -> None:

@@ -608,7 +608,7 @@ def crash_at(step: str, patched: Any) -> None:
         raise Crash(step)
 
     if step == "write":
-        patched.setattr(pack, "_json", crash)
+        patched.setattr(pack, "json_bytes", crash)
     elif step == "move":
         replace = Path.replace
 
