@@ -74,12 +74,37 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class CloseReading:
+    """When a window is read again in narrower ones, since a short hazard is diluted in a long text.
+
+    window    tokens of a narrow window, special tokens included
+    overlap   tokens that neighbouring ones share
+    low       highest severity of a window, 0..1, from which on it is read again
+    high      and from which on it is not: it is clear enough
+    discount  what narrow windows' severities lose, as logits: they see less around a word
+    """
+
+    window: int = 64
+    overlap: int = 16
+    low: float = 0.03
+    high: float = 0.5
+    discount: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.overlap < self.window - 2:
+            raise BundleError(
+                f"an overlap of {self.overlap} does not fit a close reading's window of {self.window}"
+            )
+
+
+@dataclass(frozen=True)
 class ScreenerSpec:
     """How the screener's graph is to be fed.
 
     window     tokens it reads at once, special tokens included
     overlap    tokens that neighbouring windows share
     tolerance  how far outputs may be from the goldens on any machine
+    close      when a window is read again; None for never
     """
 
     graph: str
@@ -88,6 +113,7 @@ class ScreenerSpec:
     window: int
     overlap: int
     tolerance: float
+    close: CloseReading | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import mmap
 import os
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,44 @@ from lance_edge.errors import BundleCorrupt, BundleError, BundleFileMissing, Ref
 from lance_edge.weights import WEIGHTS, Array, Entry, Precision, layout, total_bytes
 
 CHUNK = 2**22  # bytes
+RETURN_EVERY = 0.01  # seconds
+
+
+class MappedArrays(dict[str, Array]):
+    """The arrays of a mapped weights file by name."""
+
+    def __init__(self, mapped: mmap.mmap, entries: Sequence[Entry]) -> None:
+        super().__init__(
+            (
+                entry.name,
+                np.frombuffer(mapped, entry.dtype, int(np.prod(entry.shape)), entry.offset).reshape(
+                    entry.shape
+                ),
+            )
+            for entry in entries
+        )
+        self._mapped = mapped
+
+    @contextlib.contextmanager
+    def being_copied(self) -> Iterator[None]:
+        """For the time in which a session makes its own copy of the arrays.
+
+        Otherwise the process would hold both, 138 MB each for the default refiner.
+        """
+        done = threading.Event()
+        returning = threading.Thread(target=self._return_until, args=(done,), daemon=True)
+        returning.start()
+        try:
+            yield
+        finally:
+            done.set()
+            returning.join()
+
+    def _return_until(self, done: threading.Event) -> None:
+        finished = False
+        while not finished:
+            finished = done.wait(RETURN_EVERY)
+            return_pages(self._mapped)
 
 
 def cache_folder() -> Path:
@@ -36,7 +76,7 @@ def weights_path(bundle: Bundle, spec: RefinerSpec) -> Path:
     return cache_folder() / f"refiner-{spec.weights.sha256[:32]}.weights"
 
 
-def open_weights(bundle: Bundle, spec: RefinerSpec) -> Mapping[str, Array]:
+def open_weights(bundle: Bundle, spec: RefinerSpec) -> MappedArrays:
     """The weights by name, mapped from their verified file.
 
     Raises RefinerMissing if they were never pulled, BundleFileMissing if the bundle has lost them,
@@ -57,28 +97,28 @@ def open_weights(bundle: Bundle, spec: RefinerSpec) -> Mapping[str, Array]:
     entries = layout(spec.shape, len(bundle.categories), precision_of(spec))
     if total_bytes(entries) != size:
         raise BundleCorrupt(path, f"has {size} bytes and its layout {total_bytes(entries)}")
-    return arrays_in(mapped, entries)
+    return MappedArrays(mapped, entries)
 
 
-def map_weights(path: Path, entries: Sequence[Entry]) -> Mapping[str, Array]:
+def map_weights(path: Path, entries: Sequence[Entry]) -> MappedArrays:
     """The arrays of a weights file by name, mapped."""
-    return arrays_in(map_file(path), entries)
+    return MappedArrays(map_file(path), entries)
+
+
+def return_pages(mapped: mmap.mmap) -> None:
+    """Give back the memory that what was read of a mapped file takes, where the system can do that.
+
+    Read again, it comes from the file.
+    """
+    if hasattr(mmap, "MADV_DONTNEED"):
+        with contextlib.suppress(OSError):  # pages that are locked stay
+            mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def map_file(path: Path) -> mmap.mmap:
     """The file's contents, mapped; what is written to them stays in this process."""
     with path.open("rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-
-
-def arrays_in(mapped: mmap.mmap, entries: Sequence[Entry]) -> Mapping[str, Array]:
-    """The arrays of a mapped weights file by name."""
-    return {
-        entry.name: np.frombuffer(
-            mapped, entry.dtype, int(np.prod(entry.shape)), entry.offset
-        ).reshape(entry.shape)
-        for entry in entries
-    }
 
 
 def is_whole(path: Path, spec: RefinerSpec) -> bool:

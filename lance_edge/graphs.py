@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lance_edge.bundle import Bundle, RefinerSpec
-from lance_edge.cache import open_weights, weights_path
+from lance_edge.cache import MappedArrays, open_weights, weights_path
 from lance_edge.errors import BundleError
-from lance_edge.weights import WEIGHTS, Array
+from lance_edge.weights import WEIGHTS
 from lance_edge_engines import Session, SessionError, open_session
 
 if TYPE_CHECKING:
@@ -44,16 +44,20 @@ class Graphs:
         device = self._device(spec.precision)
         return open_session(self.bundle.read(spec.graph), device, self.threads)
 
-    def weights(self, spec: RefinerSpec) -> Mapping[str, Array] | None:
+    def weights(self, spec: RefinerSpec) -> MappedArrays | None:
         """The refiner's; None for a plan, which holds them. Raises RefinerMissing, BundleError."""
         return None if "refiner" in self.plans else open_weights(self.bundle, spec)
 
-    def refiner(self, spec: RefinerSpec, weights: Mapping[str, Array] | None) -> Session:
+    def refiner(self, spec: RefinerSpec, weights: MappedArrays | None) -> Session:
         """Raises BundleError, SessionError."""
         if "refiner" in self.plans:
             return self._planned("refiner")
         device = self._device(spec.precision)
-        return open_session(self.bundle.read(spec.graph), device, self.threads, weights)
+        graph = self.bundle.read(spec.graph)
+        if weights is None:
+            return open_session(graph, device, self.threads)
+        with weights.being_copied():
+            return open_session(graph, device, self.threads, weights)
 
     def has_refiner(self) -> bool:
         """Whether the bundle has a refiner, and its weights are on this machine."""

@@ -313,8 +313,8 @@ class Pipeline:
             spans=hazard_spans(prompt.text, labels.windows, flagged, self.policy.thresholds, names),
             gradients=found,
             look=1 if reading is None else 2,
-            tokens=sum(len(window.ids) for window in prompt.windows),
-            windows=len(prompt.windows),
+            tokens=sum(len(read.window.ids) for read in labels.windows),
+            windows=len(labels.windows),
             bundle=self.bundle.sha256,
             device=self.device,
             timings=Timings(
@@ -385,7 +385,7 @@ def load(
     graphs = open_graphs(opened, device, threads, None if plans is None else Path(plans))
     session = graphs.screener()
     calibration = [opened.calibration[name] for name in chosen.categories]
-    screener = Screener(session, calibration)
+    screener = Screener(session, calibration, spec.close)
     if looks == "auto" and not graphs.has_refiner():
         looks = "1"
     opener = partial(open_refiner, graphs, refiner) if refiner else None

@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from lance_edge.bundle import Calibration
+from lance_edge.bundle import Calibration, CloseReading
 from lance_edge.errors import BundleError
-from lance_edge.tokenizer import IntArray, Window
+from lance_edge.tokenizer import IntArray, Window, narrowed
 from lance_edge_engines import Session
 
 FloatArray = npt.NDArray[np.float64]
@@ -50,7 +50,8 @@ class Labels:
 
     severity, deviation  [C]
     distribution         over none and the categories, sums to 1   [1 + C]
-    windows              the windows' own labels, in order
+    windows              the windows' own labels, in order; after them, those of windows that were
+                         read closely
     """
 
     severity: FloatArray
@@ -60,10 +61,19 @@ class Labels:
 
 
 class Screener:
-    """The label-enhancement model behind a session."""
+    """The label-enhancement model behind a session.
 
-    def __init__(self, session: Session, calibration: Sequence[Calibration]) -> None:
+    close  when a window is read again in narrower ones; None for never
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        calibration: Sequence[Calibration],
+        close: CloseReading | None = None,
+    ) -> None:
         self._session = session
+        self._close = close
         self._slope = np.array([item.slope for item in calibration])
         self._intercept = np.array([item.intercept for item in calibration])
         names = {spec.name for spec in session.outputs}
@@ -87,12 +97,15 @@ class Screener:
 
         Raises BundleError if the graph gives a value that is not a number.
         """
-        flat = [window for windows in prompts for window in windows]
-        scored = self._score_windows(flat)
+        wide = self._score_windows([window for windows in prompts for window in windows])
+        closer = [self._read_again(labels) for labels in wide]
+        narrow = iter(self._score_windows([window for windows in closer for window in windows]))
         labels, start = [], 0
         for windows in prompts:
-            labels.append(_combine(scored[start : start + len(windows)]))
-            start += len(windows)
+            end = start + len(windows)
+            again = [self._discounted(next(narrow)) for found in closer[start:end] for _ in found]
+            labels.append(_combine([*wide[start:end], *again]))
+            start = end
         return labels
 
     def close(self) -> None:
@@ -119,6 +132,21 @@ class Screener:
                     share_ms,
                 )
         return [scored[index] for index in range(len(windows))]
+
+    def _read_again(self, labels: WindowLabels) -> list[Window]:
+        """The narrower windows of one that leaves open what it holds."""
+        close = self._close
+        if close is None or not close.low <= labels.severity.max() < close.high:
+            return []
+        return narrowed(labels.window, close.window, close.overlap)
+
+    def _discounted(self, labels: WindowLabels) -> WindowLabels:
+        """What a narrow window says counts a little less: it sees less around a word."""
+        assert self._close is not None
+        severity = sigmoid(logit(labels.severity) - self._close.discount)
+        before = np.clip(labels.severity * (1 - labels.severity), 1e-12, None)
+        deviation = labels.deviation * np.sqrt(severity * (1 - severity) / before)
+        return replace(labels, severity=severity, deviation=deviation)
 
     def _calibrate(
         self,

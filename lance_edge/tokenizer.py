@@ -100,6 +100,25 @@ class Tokenizer:
         return [_window(encoding) for encoding in [first, *first.overflowing]]
 
 
+def narrowed(window: Window, width: int, overlap: int) -> list[Window]:
+    """A window's tokens in windows of at most `width`, each with the special tokens around it.
+
+    overlap  tokens that neighbouring ones share
+
+    Empty if the window is no longer than that.
+    """
+    if len(window.ids) <= width:
+        return []
+    text = np.flatnonzero(window.words >= 0)
+    first, end = int(text[0]), int(text[-1]) + 1
+    room = width - (len(window.ids) - (end - first))
+    found = []
+    for start in range(first, max(first + 1, end - overlap), room - overlap):
+        kept = np.r_[:first, start : min(start + room, end), end : len(window.ids)]
+        found.append(Window(window.ids[kept], window.offsets[kept], window.words[kept]))
+    return found
+
+
 def check_text(text: str) -> None:
     """Raise InvalidPrompt for a text that no tokenizer can read faithfully."""
     if not isinstance(text, str):

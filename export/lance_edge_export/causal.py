@@ -7,10 +7,9 @@ lie in the bundle. Each stage is compared with the one before; the first with tr
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -20,19 +19,18 @@ import numpy as np
 from lance_edge.bundle import (
     Bundle,
     Calibration,
-    FileEntry,
     RefinerSpec,
     SecondLook,
     Template,
     Templates,
 )
-from lance_edge.cache import map_weights, sha256_of
+from lance_edge.cache import sha256_of
 from lance_edge.draft import LONGEST
 from lance_edge.errors import BundleError, ExportError
 from lance_edge.language import LanguageTokenizer
-from lance_edge.llama import LlamaShape, Source
+from lance_edge.llama import LlamaShape
 from lance_edge.refiner import CRITIQUE_TOKENS, longest_rewrite
-from lance_edge.weights import Array, Precision, contents, layout, make_weights
+from lance_edge.weights import Array, Precision
 from lance_edge_export import refiner
 from lance_edge_export.decoder_graph import decoder_graph
 from lance_edge_export.families import CONFIG, Checkpoint
@@ -73,23 +71,17 @@ def export_checkpoint(
     prompt_tokens = longest_prompt(tokenizer, context)
     rows = sample_rows(tokenizer, samples, prompt_tokens, context)
     delta = no_second_look(network.shape, len(categories))
-    written: dict[Precision, FileEntry] = {}
-
-    def weights(stage: Precision) -> Mapping[str, Array]:
-        path = workspace / f"{stage}.weights"
-        written[stage] = write_weights(path, network, delta, len(categories), stage)
-        return map_weights(path, layout(network.shape, len(categories), stage))
-
-    prefix, parity = refiner.compare_stages(
-        network.shape,
+    prefix, parity, weights = refiner.compare_stages(
+        network,
+        delta,
         len(categories),
         tokenizer,
         rows,
         transformers_tokens(folder, tokenizer.prefix, rows),
-        refiner.stages_to(precision),
+        precision,
         LEAST_AGREEMENT,
         context,
-        weights,
+        workspace,
     )
     spec = RefinerSpec(
         graph="refiner.onnx",
@@ -104,7 +96,7 @@ def export_checkpoint(
         shape=network.shape,
         template=template,
         base=None,
-        weights=written[precision],
+        weights=weights,
         least_known=least_known,
         least_log_probability=least_log_probability,
     )
@@ -118,7 +110,7 @@ def export_checkpoint(
         spec.second_look: json.dumps(asdict(look), indent=2).encode(),
     }
     return refiner.RefinerFiles(
-        spec, files, parity, provenance(network), workspace / f"{precision}.weights"
+        spec, files, parity, provenance(network), refiner.weights_file(workspace, precision)
     )
 
 
@@ -209,23 +201,6 @@ def no_second_look(shape: LlamaShape, categories: int) -> dict[str, Array]:
         head[name] = np.zeros((shape.hidden, categories), np.float32)
         head[f"{name}.bias"] = np.zeros(categories, np.float32)
     return head
-
-
-def write_weights(
-    path: Path,
-    network: Source,
-    delta: Mapping[str, Array],
-    categories: int,
-    precision: Precision,
-) -> FileEntry:
-    """Write a weights file array by array; what the manifest says of it."""
-    digest = hashlib.sha256()
-    entries = layout(network.shape, categories, precision)
-    with path.open("wb") as out:
-        for _, part in contents(entries, make_weights(network, delta, precision)):
-            out.write(part)
-            digest.update(part)
-        return FileEntry(digest.hexdigest(), out.tell())
 
 
 def transformers_tokens(

