@@ -67,6 +67,10 @@ _ROOMS = {
 }
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     # Lazily, so that `import lance_edge` costs nothing until something is used.
     if name not in __all__:

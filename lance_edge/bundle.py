@@ -231,7 +231,8 @@ class RefinerSpec:
     least_kept     share of the words outside the hazard that a rewrite must keep, in order
     least_known    share of a prompt's words that the screener's vocabulary must have, else the prompt is
                    taken to be in a language that the refiner cannot write; 0 to rewrite any
-    least_log_probability  of a rewrite as a whole, in nats, for it to be given back; None for any
+    least_log_probability  log-probability in nats, 0 or less, that a rewrite as a whole must reach to be
+                   given back; None for any
     """
 
     graph: str
@@ -251,7 +252,7 @@ class RefinerSpec:
     least_log_probability: float | None = None
 
     def __post_init__(self) -> None:
-        if (self.least_log_probability or 0.0) > 0:
+        if not (self.least_log_probability or 0.0) <= 0:  # not a number neither
             raise BundleError(
                 f"least_log_probability must be at most 0, not {self.least_log_probability!r}"
             )

@@ -1,5 +1,5 @@
-"""The command line. Exit codes: 0 nothing flagged, 1 something flagged, 2 wrong usage,
-3 something could not be screened (unreadable line, bad bundle, missing device).
+"""The command line. Exit codes: 0 nothing flagged, 1 something flagged that the policy does not allow,
+2 wrong usage, 3 something could not be screened (unreadable line, bad bundle, missing device).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typer.core import TyperGroup
 
 from lance_edge import __version__
 from lance_edge.errors import InputError, InvalidOption, InvalidPrompt, LanceError
-from lance_edge.inputs import InputFormat, Item, read_items
+from lance_edge.inputs import SUFFIXES, InputFormat, Item, read_items
 from lance_edge.pipeline import MAX_CHARS, Looks, Pipeline, Prompt, load
 from lance_edge.policy import ALL
 from lance_edge.report import OutputFormat, Progress, Report, Steps, complain, discard, printable
@@ -142,7 +142,7 @@ PlansOption = Annotated[
     ),
 ]
 PromptsArgument = Annotated[
-    list[str],
+    list[str] | None,
     typer.Argument(help="Texts, files, globs, or - for standard input.", show_default=False),
 ]
 FormatOption = Annotated[OutputFormat, typer.Option("--format", help="How verdicts are written.")]
@@ -164,7 +164,8 @@ PolicyOption = Annotated[
 LooksOption = Annotated[
     Looks,
     typer.Option(
-        help="Who reads prompts: 1 the screener, 2 the refiner's model too, auto where it is open."
+        help="Who reads prompts: 1 the screener; 2 the refiner's model too; auto where the screener "
+        "leaves it open, which with the default bundle is never."
     ),
 ]
 ExplainOption = Annotated[
@@ -239,7 +240,7 @@ def exits(command: Callable[..., int]) -> Callable[..., None]:
 @app.command()
 @exits
 def screen(
-    prompts: PromptsArgument,
+    prompts: PromptsArgument = None,
     output_format: FormatOption = "table",
     input_format: InputOption = "auto",
     field: FieldOption = "prompt",
@@ -259,8 +260,7 @@ def screen(
     plans: PlansOption = None,
 ) -> int:
     """Screen prompts: one per line, JSON line or CSV row."""
-    items = read_items(prompts, field, input_format, text)
-    hint_at_quotes(prompts, text, quiet)
+    items = items_of(prompts, field, input_format, text, quiet)
     with load(
         bundle,
         device,
@@ -279,7 +279,7 @@ def screen(
 @app.command()
 @exits
 def refine(
-    prompts: PromptsArgument,
+    prompts: PromptsArgument = None,
     output_format: FormatOption = "table",
     input_format: InputOption = "auto",
     field: FieldOption = "prompt",
@@ -302,8 +302,7 @@ def refine(
     plans: PlansOption = None,
 ) -> int:
     """Screen prompts, and rewrite those that can be repaired. Needs `lance-edge pull` once."""
-    items = read_items(prompts, field, input_format, text)
-    hint_at_quotes(prompts, text, quiet)
+    items = items_of(prompts, field, input_format, text, quiet)
     offer_pull(bundle, public_key, plans)
     rules = read_policy(policy_file)
     if max_steps is not None:
@@ -499,25 +498,19 @@ def each_verdict(
     batch: int,
     quiet: bool,
 ) -> dict[str, int]:
-    """Judge items in order, write each as soon as its batch is done, and count what came of them."""
+    """Judge items in order, write each as soon as its batch is done, and count what came of them.
+
+    What is written is whole, also if it ends early.
+    """
     progress = Progress(sys.stderr, enabled=not quiet and not sys.stdout.isatty())
     counts = {"screened": 0, "flagged": 0, "failed": 0, "blank": 0}
-    for chunk in chunks(_count_blank(items, counts), batch):
-        encoded = [_encode(pipeline, item) for item in chunk]
-        verdicts = iter(judge([prompt for prompt in encoded if isinstance(prompt, Prompt)]))
-        for item, prompt in zip(chunk, encoded, strict=True):
-            if isinstance(prompt, str):
-                progress.clear()
-                complain(f"{item.place}: {prompt}")
-                report.error(item, prompt)
-                counts["failed"] += 1
-                continue
-            verdict = next(verdicts)
-            report.verdict(item, verdict)
-            counts["screened"] += 1
-            counts["flagged"] += bool(verdict.flagged) or verdict.decision != "allow"
-        report.flush()
-        progress.update(counts["screened"], counts["flagged"], counts["failed"])
+    try:
+        for chunk in chunks(_count_blank(items, counts), batch):
+            _each_of(pipeline, judge, chunk, report, progress, counts)
+    except (KeyboardInterrupt, LanceError, SessionError):
+        progress.clear()
+        report.close()
+        raise
     progress.clear()
     report.close()
     if not quiet and (counts["screened"] != 1 or counts["failed"] or counts["blank"]):
@@ -530,9 +523,62 @@ def each_verdict(
     return counts
 
 
-def hint_at_quotes(arguments: Sequence[str], as_text: bool, quiet: bool) -> None:
+def _each_of(
+    pipeline: Pipeline,
+    judge: Callable[[Sequence[Prompt]], list[Verdict]],
+    chunk: Sequence[Item],
+    report: Report,
+    progress: Progress,
+    counts: dict[str, int],
+) -> None:
+    encoded = [_encode(pipeline, item) for item in chunk]
+    verdicts = iter(judge([prompt for prompt in encoded if isinstance(prompt, Prompt)]))
+    for item, prompt in zip(chunk, encoded, strict=True):
+        if isinstance(prompt, str):
+            progress.clear()
+            complain(f"{item.place}: {prompt}")
+            report.error(item, prompt)
+            counts["failed"] += 1
+            continue
+        verdict = next(verdicts)
+        report.verdict(item, verdict)
+        counts["screened"] += 1
+        counts["flagged"] += verdict.decision != "allow"
+    report.flush()
+    progress.update(counts["screened"], counts["flagged"], counts["failed"])
+
+
+def items_of(
+    arguments: Sequence[str] | None, field: str, input_format: InputFormat, text: bool, quiet: bool
+) -> Iterator[Item]:
+    """The prompts that are asked about, with hints at what may be meant otherwise. Raises InputError."""
+    if not arguments:
+        raise InputError("nothing to read; name texts, files or globs, or - for standard input")
+    items = read_items(arguments, field, input_format, text)
+    if quiet:
+        return items
+    hint_at_quotes(arguments, text)
+    return hinting_at_json(items, field) if input_format == "auto" else items
+
+
+def hinting_at_json(items: Iterator[Item], field: str) -> Iterator[Item]:
+    """The items; says so where the first line of a text file is an object of JSON."""
+    seen: set[str] = set()
+    for item in items:
+        if item.source is not None and item.source not in seen:
+            seen.add(item.source)
+            kind = SUFFIXES.get(Path(item.source).suffix.lower(), "lines")
+            if kind == "lines" and item.text is not None and re.match(r'\s*\{\s*"', item.text):
+                complain(
+                    f"{item.place} looks like JSON and is read as plain text; "
+                    f"--input jsonl reads the field {field!r} of each line"
+                )
+        yield item
+
+
+def hint_at_quotes(arguments: Sequence[str], as_text: bool) -> None:
     """Say so where words look like one prompt whose quotation marks were left out."""
-    if quiet or as_text or len(arguments) < 2:
+    if as_text or len(arguments) < 2:
         return
     if all(
         re.fullmatch(r"[^\W\d_][\w'\u2019-]*[.,;:!?]?", argument) for argument in arguments
@@ -584,7 +630,7 @@ def read_policy(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        rules = json.loads(path.read_text(encoding="utf-8-sig"))
+        rules = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=each_once)
     except OSError as error:
         raise InvalidOption(f"--policy {path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -592,6 +638,15 @@ def read_policy(path: Path | None) -> dict[str, Any]:
     if not isinstance(rules, dict):
         raise InvalidOption(f"--policy {path} must hold an object, not {type(rules).__name__}")
     return rules
+
+
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises ValueError if a key stands there twice."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} stands there twice")
+    return values
 
 
 def parse_thresholds(settings: Sequence[str]) -> dict[str, float]:

@@ -32,6 +32,7 @@ TOO_LONG = "the line is longer than {limit} MiB"
 
 _UNDECODABLE = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of invalid UTF-8
 NOT_READ = (".json", ".tsv", ".parquet", ".xlsx", ".gz", ".zip", ".pdf", ".docx")
+OTHER_FILES = (".md", ".log", ".html", ".xml", ".yaml", ".yml")  # read as lines where they exist
 
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
@@ -111,7 +112,9 @@ def _exists(argument: str) -> bool:
 
 def _looks_like_path(argument: str) -> bool:
     has_space = re.search(r"\s", argument) is not None
-    return not has_space and ("/" in argument or Path(argument).suffix.lower() in SUFFIXES)
+    return not has_space and (
+        "/" in argument or Path(argument).suffix.lower() in (*SUFFIXES, *NOT_READ, *OTHER_FILES)
+    )
 
 
 def _read(source: str | list[Path] | None, field: str, input_format: InputFormat) -> Iterator[Item]:
@@ -198,7 +201,7 @@ def _json_item(line: bytes, source: str, number: int, field: str) -> Item:
     if isinstance(value, str):
         return Item(source, number, value)
     if not isinstance(value, dict):
-        return Item(source, number, error=f"the line holds a {type(value).__name__}, not an object")
+        return Item(source, number, error=f"the line holds {kind_of(value)}, not an object")
     if field not in value:
         keys = ", ".join(list(value)[:8]) or "no fields"
         return Item(
@@ -208,9 +211,17 @@ def _json_item(line: bytes, source: str, number: int, field: str) -> Item:
         return Item(
             source,
             number,
-            error=f"field {field!r} holds a {type(value[field]).__name__}, not a string",
+            error=f"field {field!r} holds {kind_of(value[field])}, not a string",
         )
     return Item(source, number, value[field])
+
+
+def kind_of(value: object) -> str:
+    """What a value of JSON is called there."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    names = {dict: "an object", list: "a list", str: "a string"}
+    return names.get(type(value), "a number")
 
 
 def _read_csv(lines: Iterable[tuple[int, bytes | None]], source: str, field: str) -> Iterator[Item]:
@@ -235,6 +246,8 @@ def _read_csv(lines: Iterable[tuple[int, bytes | None]], source: str, field: str
             if field not in row:
                 # The names stay unsaid: where there is no header, they are a prompt.
                 missing = f"the header has no column {field!r} among its {len(row)} (see --field)"
+                if len(row) == 1 and re.search(r"[;\t]", row[0]):
+                    missing += "; columns are parted by commas"
                 yield Item(source, start, error=missing)
                 return
             column = row.index(field)

@@ -134,7 +134,8 @@ class Pipeline:
     def refine(self, text: str) -> Verdict:
         """The verdict on one prompt, with an accepted rewrite where it should be rewritten.
 
-        A prompt that is not flagged comes back as it is: `refined` is None, the decision "allow".
+        A prompt that is not flagged comes back as it is: `refined` is None, the decision "allow" (or
+        the policy's `other_language`).
         Raises InvalidPrompt as `screen` does; BundleError or RefinerMissing without a refiner.
         """
         return self.repair([self.encode(text)])[0]
@@ -149,7 +150,7 @@ class Pipeline:
         if isinstance(text, str) and len(text) > self.max_chars:
             raise InvalidPrompt(
                 f"the prompt has {len(text):,} characters and the limit is {self.max_chars:,}; "
-                "split it, or raise the limit (max_chars)"
+                "split it, or raise the limit (max_chars; --max-chars on the command line)"
             )
         windows = self.tokenizer.encode(text)
         return Prompt(text, windows, (time.perf_counter() - started) * 1000)
@@ -219,13 +220,14 @@ class Pipeline:
         except SessionError as error:
             verdict = self._verdict(judged)
             decision = self.policy.decide_without(verdict.decision)
-            return replace(verdict, decision=decision, reason=f"the refiner failed: {error}")
+            reasons = filter(None, (f"the refiner failed: {error}", verdict.reason))
+            return replace(verdict, decision=decision, reason="; ".join(reasons))
 
     def _rewritten(self, judged: Judged, verdict: Verdict, refiner: Refiner) -> Verdict:
         """The verdict with an accepted rewrite, if it asks for one, or the reason why there is none."""
         if verdict.decision != "rewrite":
             return verdict
-        prompt, current = judged.prompt.text, judged
+        prompt = judged.prompt.text
         if not refiner.fits(prompt):
             reason = (
                 f"the refiner reads {refiner.prompt_tokens} tokens and the prompt has "
@@ -236,15 +238,18 @@ class Pipeline:
             reason = f"it does not seem to be in a language that the refiner writes: {count}"
             return replace(verdict, decision=self.policy.unrepaired, reason=reason)
 
-        def rewrite(critique: str) -> Rewrite:
-            return refiner.rewrite(current.reading or refiner.read(current.prompt.text), critique)
+        read = {prompt: judged.reading}
+
+        def rewrite(text: str, critique: str) -> Rewrite:
+            reading = read[text] = read.get(text) or refiner.read(text)
+            return refiner.rewrite(reading, critique)
 
         def judge(text: str) -> tuple[Gradient, ...]:
-            nonlocal current
             if not refiner.fits(text):
                 raise InvalidPrompt(f"it has more than {refiner.prompt_tokens} tokens")
-            current = self._look_again(self._first_looks([self.encode(text)])[0])
-            return self._to_change(self._verdict(current))
+            again = self._look_again(self._first_looks([self.encode(text)])[0])
+            read[text] = again.reading
+            return self._to_change(self._verdict(again))
 
         started = time.perf_counter()
         templates = self.templates
@@ -358,6 +363,36 @@ def load(
     lance_edge_engines.DeviceUnavailable, SessionError for plans that do not fit the bundle or this
     machine, or, with looks="2", RefinerMissing.
     """
+    public_key = public_key or os.environ.get("LANCE_EDGE_PUBLIC_KEY") or None
+    if public_key is not None and plans is not None:
+        raise InvalidOption(
+            "plans are not signed, so a public key cannot vouch for them; leave out one of the two "
+            "(a public key may come from $LANCE_EDGE_PUBLIC_KEY)"
+        )
+    return assemble(
+        open_bundle(bundle, None if public_key is None else Path(public_key)),
+        device,
+        thresholds=thresholds,
+        rules=rules,
+        looks=looks,
+        threads=threads,
+        max_chars=max_chars,
+        plans=plans,
+    )
+
+
+def assemble(
+    bundle: Bundle,
+    device: str = "auto",
+    *,
+    thresholds: Mapping[str, float] | float | None = None,
+    rules: Mapping[str, Any] | None = None,
+    looks: Looks = "auto",
+    threads: int | None = None,
+    max_chars: int = MAX_CHARS,
+    plans: str | os.PathLike[str] | None = None,
+) -> Pipeline:
+    """`load`, of a bundle that is open: whether it is signed was looked at then."""
     if threads is not None:
         check_whole("threads", threads)
     check_whole("max_chars", max_chars)
@@ -367,29 +402,22 @@ def load(
         )
     if looks not in get_args(Looks):
         raise InvalidOption(f"looks must be one of {', '.join(get_args(Looks))}, not {looks!r}")
-    public_key = public_key or os.environ.get("LANCE_EDGE_PUBLIC_KEY") or None
-    if public_key is not None and plans is not None:
+    chosen = policy(bundle, thresholds, rules)
+    refiner = bundle.manifest.refiner
+    if looks == "2" and refiner is not None and bundle.second_look().share == 0:
         raise InvalidOption(
-            "plans are not signed, so a public key cannot vouch for them; leave out one of the two "
-            "(a public key may come from $LANCE_EDGE_PUBLIC_KEY)"
+            f"the refiner of {bundle.path} has no second look; choose looks auto or 1"
         )
-    opened = open_bundle(bundle, None if public_key is None else Path(public_key))
-    chosen = policy(opened, thresholds, rules)
-    refiner = opened.manifest.refiner
-    if looks == "2" and refiner is not None and opened.second_look().share == 0:
-        raise InvalidOption(
-            f"the refiner of {opened.path} has no second look; choose looks auto or 1"
-        )
-    spec = opened.manifest.screener
-    tokenizer = Tokenizer(opened.read(spec.tokenizer), spec.window, spec.overlap)
-    graphs = open_graphs(opened, device, threads, None if plans is None else Path(plans))
+    spec = bundle.manifest.screener
+    tokenizer = Tokenizer(bundle.read(spec.tokenizer), spec.window, spec.overlap)
+    graphs = open_graphs(bundle, device, threads, None if plans is None else Path(plans))
     session = graphs.screener()
-    calibration = [opened.calibration[name] for name in chosen.categories]
+    calibration = [bundle.calibration[name] for name in chosen.categories]
     screener = Screener(session, calibration, spec.close)
     if looks == "auto" and not graphs.has_refiner():
         looks = "1"
     opener = partial(open_refiner, graphs, refiner) if refiner else None
-    pipeline = Pipeline(opened, tokenizer, screener, chosen, max_chars, looks, opener, graphs.plans)
+    pipeline = Pipeline(bundle, tokenizer, screener, chosen, max_chars, looks, opener, graphs.plans)
     if looks == "2":
         try:
             _ = pipeline.refiner  # a second look that cannot be had is an error now, not later

@@ -6,6 +6,7 @@ What is acceptable is decided by pure functions over texts; the loop only calls 
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
@@ -49,7 +50,7 @@ def repair(
     found: tuple[Gradient, ...],
     *,
     compose: Callable[[Sequence[Gradient]], str],
-    rewrite: Callable[[str], Rewrite],
+    rewrite: Callable[[str, str], Rewrite],
     judge: Callable[[str], tuple[Gradient, ...]],
     widen: Callable[[str, Sequence[Gradient]], tuple[Gradient, ...]],
     is_control: Callable[[str], bool],
@@ -59,43 +60,44 @@ def repair(
 ) -> Repair:
     """Rewrite, read the rewrite as any prompt is read, accept it or go on with what is left.
 
-    A text that comes back as it was, or of which the refiner is unsure, is tried once more, with a critique
-    that quotes more of it.
+    A text that comes back as it was, or as it was tried before, or of which the refiner is unsure, is tried
+    once more, with a critique that quotes more of it.
 
     compose  gradients -> critique
-    rewrite  critique -> a rewrite of the prompt, or of the last text that was judged
+    rewrite  text and a critique of it -> a rewrite; the text is the prompt, or the last rewrite that
+             was still flagged
     judge    text -> gradients of what is flagged in it
     widen    text and its gradients -> the same, quoting more
 
     least_log_probability  of a rewrite as a whole, in nats; None for any
     """
+    least = -math.inf if least_log_probability is None else least_log_probability
     steps: list[RefineStep] = []
     text, left = prompt, found
     told = compose(left)
     while True:
-        made = rewrite(told)
-        read_before = [prompt, *(step.text for step in steps if step.flagged)]
-        wrong = problem(read_before, made.text, made.ended, found, is_control, least_kept)
+        made = rewrite(text, told)
+        wrong = problem(prompt, made.text, made.ended, found, is_control, least_kept)
+        before = next((step for step in steps if step.text.strip() == made.text.strip()), None)
+        flagged: tuple[str, ...] = ()
         still: tuple[Gradient, ...] = ()
-        if wrong is None:
-            try:
-                still = judge(made.text)
-            except InvalidPrompt as error:
-                wrong = f"it cannot be read as a prompt: {error}"
-        if still:
-            wrong = f"it is still flagged for {', '.join(item.category for item in still)}"
-        least = least_log_probability
-        unsure = wrong is None and least is not None and made.log_probability < least
+        unsure = False
+        if wrong is None and before is not None:
+            wrong, flagged = f"it repeats a rewrite before it: {before.problem}", before.flagged
+        elif wrong is None:
+            wrong, still = _judged(judge, made.text)
+            flagged = tuple(item.category for item in still)
+            unsure = wrong is None and made.log_probability < least
         if unsure:
             wrong = (
-                f"the refiner is unsure of it: its log-probability is {made.log_probability:.1f}, and "
-                f"{least:g} is the least"
+                f"the refiner is unsure of it: its log-probability is {made.log_probability:.2f}, below "
+                f"the {least:g} that is asked for"
             )
         steps.append(
             RefineStep(
                 critique=told,
                 text=made.text,
-                flagged=tuple(item.category for item in still),
+                flagged=flagged,
                 problem=wrong,
                 log_probability=made.log_probability,
                 tokens=len(made.ids),
@@ -108,15 +110,28 @@ def repair(
             return Repair(made.text, tuple(steps), None)
         if still:
             text, left = made.text, still
-        elif unsure or wrong == UNCHANGED:
+        elif unsure or before is not None or wrong == UNCHANGED:
             left = widen(text, left)
-        before, told = told, compose(left)
-        if len(steps) == max_steps or (not still and told == before):
+        last, told = told, compose(left)
+        if len(steps) == max_steps or (not still and told == last):
             return Repair(None, tuple(steps), f"the rewrite was not accepted: {wrong}")
 
 
+def _judged(
+    judge: Callable[[str], tuple[Gradient, ...]], text: str
+) -> tuple[str | None, tuple[Gradient, ...]]:
+    """What the screener holds against a rewrite, and the gradients of it."""
+    try:
+        still = judge(text)
+    except InvalidPrompt as error:
+        return f"it cannot be read as a prompt: {error}", ()
+    if not still:
+        return None, ()
+    return f"it is still flagged for {', '.join(item.category for item in still)}", still
+
+
 def problem(
-    read_before: Sequence[str],
+    prompt: str,
     rewrite: str,
     ended: bool,
     gradients: Sequence[Gradient],
@@ -125,12 +140,10 @@ def problem(
 ) -> str | None:
     """Why a text cannot stand for the prompt, whatever the screener says of it; None if it can.
 
-    read_before  the prompt, and the rewrites of it that were flagged
-    ended        whether the rewrite came to an end by itself
-    is_control   whether a text spells out a token of the prompt template
-    least_kept   share of the words outside the gradients' elements that it must keep, in order
+    ended       whether the rewrite came to an end by itself
+    is_control  whether a text spells out a token of the prompt template
+    least_kept  share of the words outside the gradients' elements that it must keep, in order
     """
-    prompt = read_before[0]
     if not readable(rewrite):
         return "it is empty"
     if not ended:
@@ -143,7 +156,7 @@ def problem(
         return "it holds half a character"
     if refuses(rewrite) and not refuses(prompt):
         return "it refuses instead of rewriting"
-    if rewrite.strip() in (text.strip() for text in read_before):
+    if rewrite.strip() == prompt.strip():
         return UNCHANGED
     outside = words_outside(prompt, [word for item in gradients for word in item.elements])
     if len(outside) >= FEWEST_WORDS and kept_in_order(outside, words(rewrite)) < least_kept:

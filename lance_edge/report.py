@@ -166,12 +166,12 @@ class Steps:
 def excerpt(text: str, at: int) -> str:
     """The text in one line; of a long one a part: its beginning, or what stands around a place."""
     line = " ".join(text.split())
+    if len(line) <= EXCERPT:
+        return line
     place = len(" ".join([*text[:at].split(), ""]))
     start = 0 if place < EXCERPT * 2 // 3 else place - EXCERPT // 3
     start = max(0, min(start, len(line) - EXCERPT + 1))
     before, after = "…" * (start > 0), "…" * (start + EXCERPT - 1 < len(line))
-    if not before and len(line) <= EXCERPT:
-        return line
     return f"{before}{line[start : start + EXCERPT - len(before) - len(after)]}{after}"
 
 

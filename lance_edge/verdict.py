@@ -54,7 +54,8 @@ class RefineStep:
     text          what it wrote
     flagged       categories of the rewrite at or above their threshold
     problem       why it was not accepted; None if it was
-    log_probability  how likely the refiner finds it as a whole, in nats: 0 is certain
+    log_probability  of it as a whole, in nats (0 is certain), given the critique and the text that was
+                  rewritten: the prompt, or the last rewrite that was still flagged
     tokens        of the rewrite
     decode_steps  graph runs that wrote it
     drafted       tokens proposed by copying from the prompt
@@ -128,6 +129,10 @@ class Verdict:
     steps: tuple[RefineStep, ...] = ()
     diff: tuple[Edit, ...] = ()
     reason: str | None = None
+
+    def __repr__(self) -> str:
+        told = ("decision", "flagged", "refined")
+        return f"Verdict({', '.join(f'{name}={getattr(self, name)!r}' for name in told)})"
 
     def to_dict(self) -> dict[str, Any]:
         """The verdict in plain JSON types, as `verdict.schema.json` describes it."""

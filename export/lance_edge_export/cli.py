@@ -177,7 +177,8 @@ def refiner(
         float | None,
         typer.Option(
             max=0,
-            help="Of a rewrite as a whole, in nats, for it to be given back.",
+            help="Log-probability in nats, 0 or less, that a rewrite as a whole must reach to be given "
+            "back; the default bundle has -16.",
             show_default="any",
         ),
     ] = None,

@@ -22,7 +22,7 @@ from lance_edge.bundle import (
     open_bundle,
 )
 from lance_edge.errors import ExportError
-from lance_edge.pipeline import Pipeline, load
+from lance_edge.pipeline import Pipeline, assemble
 from lance_edge.weights import WEIGHTS
 from lance_edge_export.place import whole
 
@@ -72,14 +72,7 @@ def write_bundle(
     )
     with whole(out) as partial:
         _write(partial, manifest, files)
-        with load(partial, device="cpu") as pipeline:
-            kept = goldens(pipeline, golden_prompts)
-        if not kept:
-            raise ExportError(
-                "none of the golden prompts is clear of a threshold on this bundle; give others with "
-                "--golden-prompts"
-            )
-        files[GOLDENS] = json_bytes(kept)
+        files[GOLDENS] = goldens_file(partial, golden_prompts)
         _write(partial, manifest, files)
 
 
@@ -131,6 +124,19 @@ def refiner_files(spec: RefinerSpec | None) -> set[str]:
         return set()
     names = {spec.graph, spec.tokenizer, spec.prefix, spec.second_look, WEIGHTS}
     return names | ({spec.delta} if spec.delta else set())
+
+
+def goldens_file(folder: Path, prompts: list[str]) -> bytes:
+    """The goldens of a bundle that is being made. Raises ExportError if no prompt can be one."""
+    # It is not signed yet, whatever its owner's key; and goldens are of the first look alone.
+    with assemble(open_bundle(folder), "cpu", looks="1") as pipeline:
+        kept = goldens(pipeline, prompts)
+    if not kept:
+        raise ExportError(
+            "none of the golden prompts is clear of a threshold on this bundle; give others with "
+            "--golden-prompts"
+        )
+    return json_bytes(kept)
 
 
 def goldens(pipeline: Pipeline, prompts: list[str]) -> list[dict[str, Any]]:

@@ -53,13 +53,14 @@ def pack(
     from lance_edge.signature import sign as sign_bundle
     from lance_edge_export.place import check_replaceable, is_bundle, is_repository, whole
     from lance_edge_export.portable import copy_bundle
-    from lance_edge_export.taxonomy import describe_anew
+    from lance_edge_export.taxonomy import describe_anew, read_taxonomy, taxonomy_of
     from lance_edge_export.triton import MODELS, write_repository
 
     opened = open_bundle(bundle, public_key)
     triton = output_format == "triton"
     ours = is_repository(out, MODELS) if triton else is_bundle(out)
     check_replaceable(out, ours, f"a packed {output_format}")
+    described = None if taxonomy is None else read_taxonomy(taxonomy, taxonomy_of(opened))
     with whole(out) as folder:
         if triton:
             packed = write_repository(opened, folder, with_weights)
@@ -67,8 +68,8 @@ def pack(
             copy_bundle(opened, folder, with_weights)
             packed = [folder]
         for inside in packed:
-            if taxonomy is not None:
-                describe_anew(inside, taxonomy)
+            if described is not None:
+                describe_anew(inside, described)
             if sign is not None:
                 sign_bundle(inside, sign, opened.manifest.name)
     typer.echo(f"wrote {out}")

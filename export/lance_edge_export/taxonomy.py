@@ -8,24 +8,29 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lance_edge.bundle import MANIFEST, file_entry, open_bundle
+from lance_edge.bundle import MANIFEST, Bundle, file_entry, open_bundle
 from lance_edge.errors import ExportError
-from lance_edge.pipeline import load
 from lance_edge.policy import STRENGTH
-from lance_edge_export.pack import card, goldens, json_bytes
+from lance_edge_export.pack import card, goldens_file, json_bytes
+
+MAPPINGS = ("mlcommons", "openai")  # what else a category may have
 
 
 def read_taxonomy(path: Path, found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The categories as a JSON file describes them, in their order. Raises ExportError."""
     try:
-        given = json.loads(read_text(path))
+        return with_taxonomy(found, json.loads(read_text(path)))
     except ValueError as error:
         raise ExportError(f"{path} is not valid JSON ({error})") from error
-    return with_taxonomy(found, given)
+    except ExportError as error:
+        raise ExportError(f"{path}: {error}") from error
 
 
 def with_taxonomy(found: Sequence[dict[str, Any]], given: object) -> list[dict[str, Any]]:
-    """The categories as `given` describes them, in their order. Raises ExportError."""
+    """The categories as `given` describes them, in their order; what it does not say stays.
+
+    Raises ExportError.
+    """
     keys = ("name", "title", "action")
     if not isinstance(given, list) or not all(
         isinstance(e, dict) and all(isinstance(e.get(k), str) for k in keys) for e in given
@@ -33,6 +38,14 @@ def with_taxonomy(found: Sequence[dict[str, Any]], given: object) -> list[dict[s
         raise ExportError(
             "a taxonomy is a list of objects, each with a name, a title and an action"
         )
+    for entry in given:
+        for key in entry.keys() - set(keys):
+            if key not in MAPPINGS:
+                raise ExportError(
+                    f"a category has no {key}; it has {', '.join((*keys, *MAPPINGS))}"
+                )
+            if not isinstance(entry[key], list) or not all(isinstance(x, str) for x in entry[key]):
+                raise ExportError(f"{key} of {entry['name']} must be a list of texts")
     if odd := sorted({entry["action"] for entry in given} - set(STRENGTH)):
         raise ExportError(f"a taxonomy's actions are {', '.join(STRENGTH)}, not {', '.join(odd)}")
     by_name = {entry["name"]: entry for entry in given}
@@ -41,17 +54,19 @@ def with_taxonomy(found: Sequence[dict[str, Any]], given: object) -> list[dict[s
         raise ExportError(
             f"the taxonomy must describe these categories, each once: {', '.join(names)}"
         )
-    return [by_name[name] for name in names]
+    return [{**entry, **by_name[entry["name"]]} for entry in found]
 
 
-def describe_anew(folder: Path, path: Path) -> None:
-    """Give the bundle in a folder the taxonomy of a file, and a card and goldens that agree with it.
+def taxonomy_of(bundle: Bundle) -> list[dict[str, Any]]:
+    """A bundle's categories as its taxonomy file has them."""
+    found: list[dict[str, Any]] = json.loads(bundle.read(bundle.manifest.taxonomy))
+    return found
 
-    Raises ExportError for a taxonomy of other categories.
-    """
+
+def describe_anew(folder: Path, taxonomy: Sequence[dict[str, Any]]) -> None:
+    """Give the bundle in a folder another taxonomy, and a card and goldens that agree with it."""
     opened = open_bundle(folder)
     manifest = opened.manifest
-    taxonomy = read_taxonomy(path, json.loads(opened.read(manifest.taxonomy)))
     calibration = json.loads(opened.read(manifest.calibration))
     prompts = [golden["prompt"] for golden in json.loads(opened.read(manifest.goldens))]
     _replace_files(
@@ -61,9 +76,7 @@ def describe_anew(folder: Path, path: Path) -> None:
             "README.md": card(manifest, taxonomy, calibration),
         },
     )
-    with load(folder, device="cpu") as pipeline:
-        kept = goldens(pipeline, prompts)
-    _replace_files(folder, {manifest.goldens: json_bytes(kept)})
+    _replace_files(folder, {manifest.goldens: goldens_file(folder, prompts)})
 
 
 def read_text(path: Path) -> str:

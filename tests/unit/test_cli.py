@@ -153,6 +153,76 @@ def test_it_runs_as_a_module() -> None:
     assert (done.returncode, done.stdout.decode().strip()) == (0, lance_edge.__version__)
 
 
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SessionError("the device is gone")])
+def test_what_was_written_before_an_end_is_whole(
+    screen: Invoke, monkeypatch: pytest.MonkeyPatch, stop: BaseException
+) -> None:
+    judge = lance_edge.Pipeline.judge
+    batches = iter([None, stop])
+
+    def until(pipeline: lance_edge.Pipeline, prompts: Any) -> Any:
+        if (error := next(batches)) is not None:
+            raise error
+        return judge(pipeline, prompts)
+
+    monkeypatch.setattr(lance_edge.Pipeline, "judge", until)
+    result = screen("hello", "bomb", "--batch", "1", "--format", "json")
+    assert result.exit_code == (130 if isinstance(stop, KeyboardInterrupt) else 3)
+    assert [record["decision"] for record in json.loads(result.stdout)] == ["allow"]
+
+
+def test_no_prompt_is_wrong_usage_that_says_what_to_name(screen: Invoke) -> None:
+    for command in (("screen",), ("refine",)):
+        result = invoke(*command, stdin=b"hello\n")
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert result.stderr == (
+            "lance-edge: nothing to read; name texts, files or globs, or - for standard input\n"
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "hints"), [((), 1), (("--input", "lines"), 0), (("--quiet",), 0)]
+)
+def test_lines_that_look_like_json_are_hinted_at(
+    screen: Invoke, options: tuple[str, ...], hints: int
+) -> None:
+    result = screen("-", *options, stdin=b'{"prompt": "hello"}\n{"prompt": "hello"}\n')
+    assert result.exit_code == 0
+    assert (
+        result.stderr.count("-:1 looks like JSON and is read as plain text; --input jsonl") == hints
+    )
+    assert screen("-", "--input", "jsonl", stdin=b'{"prompt": "hello"}\n').stderr == ""
+
+
+def test_a_prompt_within_json_that_looks_like_json_is_not_hinted_at(
+    screen: Invoke, tmp_path: Path
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": '{"a": 1} hello'}) + "\n", encoding="utf-8")
+    assert screen(str(path)).stderr == ""
+
+
+def test_what_the_policy_allows_ends_with_0(screen: Invoke, tmp_path: Path) -> None:
+    path = tmp_path / "policy.json"
+    path.write_text('{"actions": {"*": "allow"}}', encoding="utf-8")
+    result = screen("bomb", "--policy", str(path), "--format", "jsonl")
+    assert result.exit_code == 0
+    (record,) = records(result.stdout)
+    assert (record["decision"], record["flagged"]) == ("allow", ["violence"])
+    path.write_text('{"actions": {"*": "advise"}}', encoding="utf-8")
+    assert screen("bomb", "--policy", str(path)).exit_code == 1
+
+
+def test_the_package_says_what_is_in_it() -> None:
+    assert set(lance_edge.__all__) <= set(dir(lance_edge))
+
+
+def test_a_verdict_is_shown_in_a_line(tiny_bundle: Path) -> None:
+    with lance_edge.load(tiny_bundle) as guard:
+        shown = repr(guard.screen("bomb"))
+    assert shown == "Verdict(decision='rewrite', flagged=('violence',), refined=None)"
+
+
 def test_an_aborted_question_is_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
     def abort(*_: Any) -> None:
         raise typer.Abort
@@ -261,6 +331,7 @@ def test_a_full_disk_is_no_bug_of_ours(tiny_bundle: Path) -> None:
         ),
         ("word " * 30 + "bomb", 150, "…" + "word " * 11 + "bomb"),
         ("word   " * 30 + "bomb", 210, "…" + "word " * 11 + "bomb"),
+        ("word " * 11 + "bombs", 55, "word " * 11 + "bombs"),  # 60 characters: all that fit
     ],
 )
 def test_an_excerpt_of_a_long_text_shows_the_words(text: str, at: int, shown: str) -> None:

@@ -145,10 +145,12 @@ def test_a_lone_surrogate_is_kept_for_the_tokenizer_to_refuse() -> None:
     [
         (b'{"id": 1, "text": "a"}', "the object has no field 'prompt'; it has id, text"),
         (b"{}", "the object has no field 'prompt'; it has no fields"),
-        (b'{"prompt": 7}', "field 'prompt' holds a int, not a string"),
+        (b'{"prompt": 7}', "field 'prompt' holds a number, not a string"),
+        (b'{"prompt": null}', "field 'prompt' holds null, not a string"),
+        (b'{"prompt": true}', "field 'prompt' holds true, not a string"),
         (b'{"prompt": ["a"]}', "field 'prompt' holds a list, not a string"),
         (b'["a"]', "the line holds a list, not an object"),
-        (b"7", "the line holds a int, not an object"),
+        (b"7", "the line holds a number, not an object"),
         (b'{"prompt": "a"', "the line is not valid JSON: Expecting ',' delimiter"),
         (b"a prompt", "the line is not valid JSON: Expecting value"),
         (b'{"prompt": "a\xff"}', "the line is not valid UTF-8 (byte 14)"),
@@ -197,6 +199,12 @@ def test_a_missing_column_is_reported_once() -> None:
     assert found(b"id,text\n1,a\n2,b\n", "csv") == [
         (1, ["the header has no column 'prompt' among its 2 (see --field)"])
     ]
+
+
+def test_columns_that_something_else_parts_are_said_to_be() -> None:
+    for header in (b"id;prompt", b"id\tprompt"):
+        ((_, (error,)),) = found(header + b"\n1;a\n", "csv")
+        assert error.endswith("among its 1 (see --field); columns are parted by commas")
 
 
 def test_a_broken_header_ends_the_file() -> None:
@@ -334,7 +342,9 @@ def test_what_cannot_be_a_file_is_a_text(here: Path, argument: str) -> None:
     assert list(read_items([argument], "prompt")) == [Item(None, None, argument)]
 
 
-@pytest.mark.parametrize("argument", ["prompts.txt", "no/such", "logs.JSONL", "a.csv"])
+@pytest.mark.parametrize(
+    "argument", ["prompts.txt", "no/such", "logs.JSONL", "a.csv", "README.md", "a.json", "x.log"]
+)
 def test_a_missing_file_is_not_screened_as_a_text(here: Path, argument: str) -> None:
     with pytest.raises(InputError) as caught:
         read_items(["hello", argument], "prompt")

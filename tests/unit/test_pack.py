@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import lance_edge
 from lance_edge import cli
 from lance_edge.bundle import open_bundle
 from lance_edge.cache import weights_path
+from lance_edge.verify import check_goldens
 from lance_edge.weights import WEIGHTS
 from lance_edge_export import portable
 
@@ -143,6 +145,39 @@ def test_other_actions_are_packed_with_goldens_and_a_card_that_agree(
         assert said == [golden["decision"] for golden in goldens] != []
 
 
+def test_packed_goldens_are_of_the_first_look(
+    bundle: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a second look would be open, and where bundles must be signed and this one is not yet."""
+    pytest.importorskip("cryptography", reason="needs cryptography (the sign extra)")
+    look = json.loads((bundle / "second_look.json").read_bytes())
+    always = json.dumps({**look, "low": -1e9, "high": 1e9, "share": 0.5}).encode()
+    source = tiny_refiner.write_bundle(tmp_path / "open", replaced={"second_look.json": always})
+    private, public = keys.write_key(tmp_path / "key")
+    out = tmp_path / "packed"
+    taxonomy = describe(source, tmp_path / "taxonomy.json", violence="review")
+    assert pack(source, tmp_path / "signed", "--sign", private).exit_code == 0
+    monkeypatch.setenv("LANCE_EDGE_PUBLIC_KEY", str(public))
+    done = pack(tmp_path / "signed", out, "--taxonomy", taxonomy, "--sign", private)
+    assert done.exit_code == 0, done.stderr
+    with lance_edge.load(out, "cpu", threads=1, looks="1") as guard:
+        check = check_goldens(guard)
+    assert check.passed and check.prompts
+    with lance_edge.load(out, "cpu", threads=1) as guard:
+        assert guard.screen("bomb").look == 2
+
+
+def test_what_a_taxonomy_does_not_say_stays(bundle: Path, weights: Path, tmp_path: Path) -> None:
+    before = open_bundle(bundle).categories
+    assert any(category.mlcommons for category in before)
+    told = [{"name": c.name, "title": c.title.upper(), "action": "review"} for c in before]
+    path = tmp_path / "taxonomy.json"
+    path.write_text(json.dumps(told), encoding="utf-8")
+    assert pack(bundle, tmp_path / "packed", "--taxonomy", path).exit_code == 0
+    after = open_bundle(tmp_path / "packed").categories
+    assert after == tuple(replace(c, title=c.title.upper(), action="review") for c in before)
+
+
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
@@ -150,6 +185,14 @@ def test_other_actions_are_packed_with_goldens_and_a_card_that_agree(
         ("{}", "a taxonomy is a list of objects, each with a name"),
         ('[{"name": "violence", "title": "V", "action": "shrug"}]', "not shrug"),
         ('[{"name": "violence", "title": "V", "action": "block"}]', "each once: violence, privacy"),
+        (
+            '[{"name": "violence", "title": "V", "action": "block", "colour": 1}]',
+            "has no colour; it has",
+        ),
+        (
+            '[{"name": "a", "title": "V", "action": "block", "openai": "x"}]',
+            "openai of a must be a list",
+        ),
     ],
 )
 def test_a_taxonomy_of_other_categories_leaves_nothing(
@@ -159,7 +202,7 @@ def test_a_taxonomy_of_other_categories_leaves_nothing(
     path.write_text(contents, encoding="utf-8")
     done = pack(tiny_bundle, tmp_path / "packed", "--taxonomy", path)
     assert done.exit_code != 0
-    assert message in done.stderr
+    assert message in done.stderr and str(path) in done.stderr
     assert not (tmp_path / "packed").exists() and not left(tmp_path / "packed")
 
 

@@ -4,9 +4,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +91,7 @@ def checkpoint(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     refiner = Refiner(load_base(base), len(tiny.CATEGORIES), settings)
     description = {
         "template": vars(TEMPLATE),
-        "base_sha256": "",
+        "base_sha256": hashlib.sha256(base.read_bytes()).hexdigest(),
         "categories": list(tiny.CATEGORIES),
         "provenance": {"settings": vars(settings)},
     }
@@ -228,7 +230,8 @@ def test_the_command_writes_a_checkpoint_that_says_how_it_was_made(
     assert result.exit_code == 0, result.output
     made, description = load_refiner(out, base)
     told = description["provenance"]["preferences"]
-    assert (told["rows"], told["settings"]["epochs"], told["held out, after"]["pairs"]) == (6, 1, 4)
+    assert (told["rows trained on"], told["rows held out"], told["settings"]["epochs"]) == (4, 2, 1)
+    assert told["held out, after"]["pairs"] == 4
     before, _ = load_refiner(checkpoint, base)
     changed = [
         not torch.equal(a, b)
@@ -238,9 +241,43 @@ def test_the_command_writes_a_checkpoint_that_says_how_it_was_made(
         if name.endswith(".b")
     ]
     assert changed and all(changed)
-    again = invoke(*options, "--epochs", 2, "--held-out", 2, "--save-every", 1)
-    assert again.exit_code == 2
-    assert "was written with other settings" in again.output.replace("\n", " ")
+    more = write(tmp_path / "more", row(7))
+    for other in (["--epochs", 2], ["--data", more], ["--checkpoint", out]):
+        again = invoke(*options, "--epochs", 1, "--held-out", 2, "--save-every", 1, *other)
+        assert again.exit_code == 2, other
+        assert "was written with other settings, rows or start" in again.output.replace("\n", " ")
+
+
+def test_nothing_need_be_held_out(checkpoint: Path, base: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "data", row(0), row(1))
+    options = ["--checkpoint", checkpoint, "--base", base, "--data", data, "--out", tmp_path / "o"]
+    result = invoke(*options, "--epochs", 1, "--held-out", 0)
+    assert result.exit_code == 0, result.output
+    told = load_refiner(tmp_path / "o", base)[1]["provenance"]["preferences"]
+    assert (told["rows trained on"], told["rows held out"]) == (2, 0)
+
+
+def test_rows_that_are_all_too_long_are_said(
+    checkpoint: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefer, "PreferSettings", partial(PreferSettings, longest=3))
+    data = write(tmp_path / "data", row(0), row(1))
+    options = ["--checkpoint", checkpoint, "--base", base, "--data", data, "--out", tmp_path / "o"]
+    result = invoke(*options, "--held-out", 1)
+    assert result.exit_code == 2
+    assert "every row has more than 3 tokens" in " ".join(result.output.split())
+
+
+def test_another_base_than_the_refiner_s_is_refused(
+    checkpoint: Path, base: Path, tmp_path: Path
+) -> None:
+    data = write(tmp_path / "data", row(0), row(1))
+    other = tmp_path / "other.gguf"
+    other.write_bytes(base.read_bytes() + b" ")
+    options = ["--checkpoint", checkpoint, "--base", other, "--data", data, "--out", tmp_path / "o"]
+    result = invoke(*options, "--held-out", 0)
+    assert result.exit_code == 2
+    assert "was trained" in result.output
 
 
 def test_too_few_preferences_to_hold_some_out_is_wrong_usage(
@@ -259,6 +296,10 @@ def test_too_few_preferences_to_hold_some_out_is_wrong_usage(
         ({"chosen": []}, "row q0: chosen and rejected must be lists of texts"),
         ({"rejected": ["a", " "]}, "row q0: chosen and rejected must be lists of texts"),
         ({"rejected": None}, "row q0: chosen and rejected must be lists of texts"),
+        ({"chosen": "cake"}, "row q0: chosen and rejected must be lists of texts"),
+        ({"chosen": 5}, "row q0: chosen and rejected must be lists of texts"),
+        ({"prompt": None}, "row q0: prompt must be a text"),
+        ({"critique": 3}, "row q0: critique must be a text"),
         ({"chosen": ["kill 0"]}, "row q0: 'kill 0' is chosen and rejected"),
     ],
 )

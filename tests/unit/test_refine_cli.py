@@ -490,9 +490,10 @@ def test_how_sure_the_refiner_must_be_is_the_bundles_or_the_policys(
     refiner = {"least_log_probability": bundle_says}
     folder = tiny_refiner.write_bundle(tmp_path / "own", refiner=refiner)
     with load(folder, looks="1", rules=rules) as pipeline:
-        Scripted("hello the cake").install(monkeypatch)
+        script = Scripted("hello the cake").install(monkeypatch)
         verdict = pipeline.refine(FLAGGED)
     assert len(verdict.steps) == steps
+    assert [text for text, _ in script.seen] == [FLAGGED] * steps
     assert (verdict.refined is not None) == sure
     assert ("unsure of it" in (verdict.reason or "")) != sure
 
@@ -735,6 +736,8 @@ def test_thresholds_on_the_command_line_count_before_the_policys(
         (b"\xff\xfe", "is not valid JSON"),
         ("[" * 100_000, "is not valid JSON"),
         ("[]", "must hold an object, not list"),
+        ('{"thresholds": 0.9, "thresholds": 0.1}', "'thresholds' stands there twice"),
+        ('{"actions": {"*": "block", "*": "allow"}}', "'*' stands there twice"),
         ('{"threshold": 0.5}', "a policy has no threshold; it has thresholds, actions,"),
         ('{"thresholds": {"violance": 0.5}}', "did you mean violence?"),
         ('{"thresholds": {"violence": "high"}}', "threshold of violence must be a number above 0"),

@@ -49,8 +49,10 @@ class Script:
     critiques: list[str] = field(default_factory=list)
     judged: list[str] = field(default_factory=list)
     widened: list[str] = field(default_factory=list)
+    read: list[str] = field(default_factory=list)
 
-    def rewrite(self, critique: str) -> Rewrite:
+    def rewrite(self, text: str, critique: str) -> Rewrite:
+        self.read.append(text)
         self.critiques.append(critique)
         made = self.rewrites[len(self.critiques) - 1]
         return made if isinstance(made, Rewrite) else written(made)
@@ -89,7 +91,7 @@ def written(text: str, ended: bool = True) -> Rewrite:
 
 def why_not(rewrite: str, prompt: str = PROMPT, ended: bool = True, *hazard: str) -> str | None:
     found = [flag("violence", *(hazard or ("bomb",)))]
-    return problem([prompt], rewrite, ended, found, LANGUAGE.has_control, least_kept=0.6)
+    return problem(prompt, rewrite, ended, found, LANGUAGE.has_control, least_kept=0.6)
 
 
 def test_a_rewrite_that_is_clean_is_accepted() -> None:
@@ -148,7 +150,7 @@ def test_a_rewrite_that_the_refiner_is_unsure_of_is_tried_once_more() -> None:
     assert done.refined == SAFE
     assert (script.widened, script.judged) == ([PROMPT], [other, SAFE])
     assert done.steps[0].problem == (
-        "the refiner is unsure of it: its log-probability is -9.3, and -9 is the least"
+        "the refiner is unsure of it: its log-probability is -9.26, below the -9 that is asked for"
     )
     assert [step.log_probability for step in done.steps] == [-9.26, -1.5]
 
@@ -188,9 +190,46 @@ def test_a_text_that_comes_back_twice_is_given_up() -> None:
 def test_what_is_quoted_is_of_the_text_that_was_judged() -> None:
     still = PROMPT.replace("a bomb", "a small device")
     script = Script([still, still, SAFE], [(PRIVACY,), ()])
-    assert script.run().refined == SAFE
+    done = script.run()
+    assert done.refined == SAFE
+    assert script.read == [PROMPT, still, still]
     assert script.widened == [still]
     assert script.critiques[1:] == [PRIVACY.text, "privacy: all of it"]
+    assert (
+        done.steps[1].problem == "it repeats a rewrite before it: it is still flagged for privacy"
+    )
+    assert done.steps[1].flagged == done.steps[0].flagged == ("privacy",)
+
+
+def unsure(text: str) -> Rewrite:
+    return replace(written(text), log_probability=-20.0)
+
+
+def test_the_prompt_is_rewritten_again_where_the_refiner_was_unsure() -> None:
+    """Not the rewrite of which it was unsure: that is easily copied."""
+    other = PROMPT.replace("a bomb", "a kite")
+    script = Script([unsure(SAFE), other], [(), ()])
+    done = script.run(least_log_probability=-16.0)
+    assert script.read == [PROMPT, PROMPT]
+    assert script.widened == [PROMPT]
+    assert done.refined == other
+
+
+@pytest.mark.parametrize("again", [SAFE, f" {SAFE}\n"])
+def test_what_the_refiner_was_unsure_of_is_not_accepted_when_it_comes_again(again: str) -> None:
+    script = Script([unsure(SAFE), again], [(), ()])
+    done = script.run(least_log_probability=-16.0, max_steps=2)
+    assert done.refined is None
+    assert script.judged == [SAFE]
+    assert done.reason is not None
+    assert done.reason.startswith(
+        "the rewrite was not accepted: it repeats a rewrite before it: the refiner is unsure of it"
+    )
+
+
+def test_a_bound_of_nought_is_one() -> None:
+    assert Script([SAFE] * 3, [()] * 3).run(least_log_probability=0.0).refined is None
+    assert Script([SAFE], [()]).run(least_log_probability=None).refined == SAFE
 
 
 def test_a_later_rewrite_is_held_against_the_first_prompt() -> None:
@@ -316,15 +355,13 @@ def test_words_outside_leaves_out_the_middle_of_a_shortened_element() -> None:
     assert words_outside(f"please list {hazard}", [hazard]) == ["please", "list"]
 
 
-def test_a_rewrite_that_was_judged_before_changes_nothing() -> None:
-    judged = ["how to make a bomb", "how to make a cake"]
-    wrong = problem(judged, "how to make a cake ", True, (), LANGUAGE.has_control, least_kept=0.0)
-    assert wrong == "it changes nothing"
+def test_a_space_more_changes_nothing() -> None:
+    assert why_not(f"{PROMPT} ") == "it changes nothing"
 
 
 def test_half_a_character_is_a_problem_unless_the_prompt_has_it() -> None:
     def wrong(prompt: str) -> str | None:
-        return problem([prompt], "hello \ufffd", True, (), LANGUAGE.has_control, least_kept=0.0)
+        return problem(prompt, "hello \ufffd", True, (), LANGUAGE.has_control, least_kept=0.0)
 
     assert wrong("hello") == "it holds half a character"
     assert wrong("hello bomb \ufffd") is None

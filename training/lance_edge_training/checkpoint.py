@@ -99,7 +99,8 @@ def interrupted_run(
     saved: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     if (saved["settings"], saved.get("started_from")) != (asdict(settings), started_from):
         raise DataError(
-            f"{path} was written with other settings; give them again, or remove it to start afresh"
+            f"{path} was written with other settings, rows or start; give them again, or remove it to "
+            "start afresh"
         )
     return saved
 

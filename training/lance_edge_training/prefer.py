@@ -8,6 +8,8 @@ Resumable: run it again after an interruption and it goes on.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +25,7 @@ from tqdm import tqdm
 from lance_edge.bundle import Template
 from lance_edge.language import LanguageTokenizer
 from lance_edge_training.checkpoint import interrupted_run
+from lance_edge_training.data import DataError
 from lance_edge_training.preferences import (
     Preference,
     Tree,
@@ -39,7 +42,7 @@ from lance_edge_training.usage import usage_errors
 
 @dataclass(frozen=True)
 class PreferSettings:
-    """Everything that decides the outcome of a run."""
+    """What decides the outcome of a run, but for the rows and the refiner that it starts from."""
 
     epochs: int = 2
     beta: float = 0.1  # how far from the start's probabilities a preference may lead
@@ -67,7 +70,7 @@ class Dealt:
 
 
 def log_probabilities(network: Any, batch: TreeBatch) -> Tensor:
-    """Of each branch as a whole   [R]"""
+    """Of each branch as a whole, in nats, given its stem   [R]"""
     states = network.model(
         input_ids=batch.ids,
         attention_mask=batch.mask,
@@ -84,7 +87,12 @@ def log_probabilities(network: Any, batch: TreeBatch) -> Tensor:
 def preference_terms(
     found: Tensor, reference: Tensor, batch: TreeBatch, beta: float, anchor: float
 ) -> dict[str, Tensor]:
-    """Loss terms: how clearly chosen branches lead, against the start; and how likely they are."""
+    """Loss terms: how clearly chosen branches lead, against the start; and how likely they are.
+
+    found, reference  log-probability of each branch in nats, now and before training   [R]
+
+    Returns scalars: the mean over pairs, and `anchor` times the chosen branches' mean over tokens.
+    """
     chosen, rejected = batch.pairs.unbind(1)
     gained = found - reference
     first = torch.unique(chosen)
@@ -105,13 +113,17 @@ class PreferTrainer:
         settings: PreferSettings,
         device: str,
     ) -> None:
+        """Raises DataError if no row is short enough to be trained on."""
         self.refiner = refiner.to(device).eval()
         self.settings, self.device = settings, device
+        self.started_from = fingerprint(refiner, rows)
         shuffled = random.Random(settings.seed).sample(rows, len(rows))
         self.held_out = self._deal(shuffled[: settings.held_out], tokenizer, "held out")
         rows = shuffled[settings.held_out :]
         self.epochs = [self._deal(rows, tokenizer, str(epoch)) for epoch in range(settings.epochs)]
         self.steps = sum(len(dealt.batches) for dealt in self.epochs)
+        if not self.steps:
+            raise DataError(f"every row has more than {settings.longest} tokens with its rewrites")
         self.step = 0
         self.deltas = [p for p in refiner.network.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.deltas, lr=settings.rate, weight_decay=0.0)
@@ -198,6 +210,7 @@ class PreferTrainer:
             {
                 "step": self.step,
                 "settings": asdict(self.settings),
+                "started_from": self.started_from,
                 "refiner": trained,
                 "optimizer": self.optimizer.state_dict(),
                 "schedule": self.schedule.state_dict(),
@@ -207,11 +220,21 @@ class PreferTrainer:
         partial.replace(path)
 
     def _restore(self, path: Path) -> None:
-        saved = interrupted_run(path, self.device, self.settings, None)
+        saved = interrupted_run(path, self.device, self.settings, self.started_from)
         self.refiner.load_state_dict(saved["refiner"], strict=False)
         self.optimizer.load_state_dict(saved["optimizer"])
         self.schedule.load_state_dict(saved["schedule"])
         self.step = saved["step"]
+
+
+def fingerprint(refiner: Refiner, rows: Sequence[Preference]) -> dict[str, Any]:
+    """What tells a run's start and rows from others."""
+    deltas = hashlib.sha256()
+    for name, value in refiner.state_dict().items():
+        if name.endswith((".a", ".b")):
+            deltas.update(value.cpu().numpy().tobytes())
+    texts = json.dumps([asdict(row) for row in rows]).encode()
+    return {"deltas": deltas.hexdigest(), "rows": hashlib.sha256(texts).hexdigest()}
 
 
 def main(
@@ -246,7 +269,10 @@ def main(
     refiner, description = load_refiner(checkpoint, base)
     serialized = (checkpoint / "tokenizer.json").read_text(encoding="utf-8")
     tokenizer = LanguageTokenizer(serialized.encode(), Template(**description["template"]))
-    trainer = PreferTrainer(refiner, rows, tokenizer, settings, device)
+    if hashlib.sha256(base.read_bytes()).hexdigest() != description["base_sha256"]:
+        raise typer.BadParameter(f"{base} is not the file that {checkpoint} was trained from")
+    with usage_errors():
+        trainer = PreferTrainer(refiner, rows, tokenizer, settings, device)
     before = trainer.order()
     typer.echo(f"{len(rows)} preferences, {trainer.steps} steps on {device}; {before}", err=True)
     out.mkdir(parents=True, exist_ok=True)
@@ -256,7 +282,10 @@ def main(
     typer.echo(f"{after}", err=True)
     description["provenance"]["preferences"] = {
         "settings": asdict(settings),
-        "rows": len(rows),
+        "rows trained on": len(
+            {row for dealt in trainer.epochs for b in dealt.batches for row in b}
+        ),
+        "rows held out": sum(map(len, trainer.held_out.batches)),
         "held out, before": before,
         "held out, after": after,
     }

@@ -113,7 +113,7 @@ def tree_batches(
     ordered = sorted(short, key=lambda index: trees[index].tokens * rng.uniform(0.95, 1.05))
     batches = fill_batches(ordered, lambda index: trees[index].tokens, tokens_per_batch)
     rng.shuffle(batches)
-    return batches
+    return batches if short else []
 
 
 def collate_trees(trees: Sequence[Tree]) -> TreeBatch:
@@ -160,11 +160,19 @@ def collate_trees(trees: Sequence[Tree]) -> TreeBatch:
     )
 
 
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
 def _preference(row: dict[str, Any]) -> Preference:
-    sides = [tuple(row.get(side) or ()) for side in ("chosen", "rejected")]
-    for side in sides:
-        if not side or not all(isinstance(text, str) and text.strip() for text in side):
+    for key in ("prompt", "critique"):
+        if not isinstance(row.get(key), str):
+            raise DataError(f"row {row.get('id')}: {key} must be a text")
+    for key in ("chosen", "rejected"):
+        texts = row.get(key)
+        if not isinstance(texts, list) or not texts or not all(map(_is_text, texts)):
             raise DataError(f"row {row.get('id')}: chosen and rejected must be lists of texts")
+    sides = [tuple(row["chosen"]), tuple(row["rejected"])]
     if both := set(sides[0]) & set(sides[1]):
         raise DataError(f"row {row.get('id')}: {both.pop()!r} is chosen and rejected")
     return Preference(row["prompt"], row["critique"], *sides)
