@@ -96,6 +96,27 @@ def disguises() -> str:
     )
 
 
+def dilution() -> str:
+    """Short hazards in long texts."""
+    values = read("dilution")
+    rows = [
+        (
+            f"{length}, {how}",
+            f"{row['hazardous_flagged']:.1%}",
+            f"{row['harmless_flagged']:.1%}",
+            f"{row['tokens'] / values['read_once'][length]['tokens']:.2f}",
+        )
+        for length in values["read_once"]
+        for how, row in (
+            ("read once", values["read_once"][length]),
+            ("read closely", values["read_closely"][length]),
+        )
+    ]
+    return table(
+        ("characters", "flagged with a hazard in it", "flagged without", "tokens read"), rows
+    )
+
+
 def ablation() -> str:
     """Variational against plain."""
     rows = [
@@ -313,6 +334,7 @@ TABLES: dict[str, Callable[[], str]] = {
         sets,
         categories,
         disguises,
+        dilution,
         ablation,
         ablation_errors,
         int8,

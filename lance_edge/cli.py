@@ -1,5 +1,5 @@
-"""The command line. Exit codes: 0 nothing flagged, 1 something flagged that the policy does not allow,
-2 wrong usage, 3 something could not be screened (unreadable line, bad bundle, missing device).
+"""The command line. Exit codes: 0 every prompt allowed, 1 something flagged that is not, 2 wrong usage,
+3 something could not be screened (unreadable line, bad bundle, missing device).
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def new_tool(what: str, no_args_is_help: bool = True) -> typer.Typer:
 
 app = typer.Typer(
     cls=Commands,
-    epilog="Exit codes: 0 nothing flagged, 1 something flagged, 2 wrong usage, "
+    epilog="Exit codes: 0 every prompt allowed, 1 something flagged that is not, 2 wrong usage, "
     "3 something could not be screened, 130 interrupted.",
     no_args_is_help=True,
     add_completion=False,

@@ -220,7 +220,7 @@ def kind_of(value: object) -> str:
     """What a value of JSON is called there."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
-    names = {dict: "an object", list: "a list", str: "a string"}
+    names: dict[type, str] = {dict: "an object", list: "a list", str: "a string"}
     return names.get(type(value), "a number")
 
 

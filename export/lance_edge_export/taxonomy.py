@@ -63,7 +63,7 @@ def taxonomy_of(bundle: Bundle) -> list[dict[str, Any]]:
     return found
 
 
-def describe_anew(folder: Path, taxonomy: Sequence[dict[str, Any]]) -> None:
+def describe_anew(folder: Path, taxonomy: list[dict[str, Any]]) -> None:
     """Give the bundle in a folder another taxonomy, and a card and goldens that agree with it."""
     opened = open_bundle(folder)
     manifest = opened.manifest
