@@ -288,6 +288,7 @@ def main(
         "rows held out": sum(map(len, trainer.held_out.batches)),
         "held out, before": before,
         "held out, after": after,
+        "earlier": description["provenance"].get("preferences"),
     }
     save_refiner(trainer.refiner, out, serialized, description)
 
