@@ -571,7 +571,7 @@ def test_a_bundle_replaces_the_one_before_it(tiny_bundle: Path, tmp_path: Path) 
     assert not (out / "stray").exists()
 
 
-@pytest.mark.parametrize("step", ["write", "load", "goldens", "move"])
+@pytest.mark.parametrize("step", ["write", "assemble", "goldens", "move"])
 def test_a_crash_leaves_the_old_bundle_readable(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: Any, step: str
 ) -> None:

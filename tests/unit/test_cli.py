@@ -604,7 +604,6 @@ def test_a_wrong_threshold_is_wrong_usage(screen: Invoke, setting: str, message:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("screen",),
         ("screen", "hello", "--format", "xml"),
         ("screen", "hello", "--input", "parquet"),
         ("screen", "hello", "--batch", "0"),
