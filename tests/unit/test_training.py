@@ -295,7 +295,9 @@ def test_resuming_with_other_settings_is_refused(
     saved = (tmp_path / "training.pt").read_bytes()
     result = train(*arguments, *change)
     assert result.exit_code == 2
-    assert "was written with other settings, rows or start; give them again" in unframed(result.output)
+    assert "was written with other settings, rows or start; give them again" in unframed(
+        result.output
+    )
     assert (tmp_path / "training.pt").read_bytes() == saved
 
 
