@@ -73,15 +73,20 @@ class Calibration:
             raise BundleError(f"a threshold must be between 0 and 1, not {self.threshold}")
 
 
+FEWEST_TOKENS = 8  # in a window of a close reading
+
+
 @dataclass(frozen=True)
 class CloseReading:
     """When a window is read again in narrower ones, since a short hazard is diluted in a long text.
 
     window    tokens of a narrow window, special tokens included
     overlap   tokens that neighbouring ones share
-    low       highest severity of a window, 0..1, from which on it is read again
-    high      and from which on it is not: it is clear enough
+    low       severity of any category, 0..1, from which on it is read again
+    high      and from which on it need not be: that category is clear, if it is flagged too
     discount  what narrow windows' severities lose, as logits: they see less around a word
+
+    Raises BundleError for values that cannot be.
     """
 
     window: int = 64
@@ -91,9 +96,18 @@ class CloseReading:
     discount: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.overlap < self.window - 2:
+        if self.window < FEWEST_TOKENS or not 0 <= self.overlap <= self.window // 2:
             raise BundleError(
-                f"an overlap of {self.overlap} does not fit a close reading's window of {self.window}"
+                f"a close reading has windows of at least {FEWEST_TOKENS} tokens that share half of them at "
+                f"most, not {self.window} and {self.overlap}"
+            )
+        if not 0 <= self.low < self.high <= 1:
+            raise BundleError(
+                f"a close reading is of severities from 0 <= low < high <= 1, not {self.low} and {self.high}"
+            )
+        if not 0 <= self.discount < math.inf:
+            raise BundleError(
+                f"a close reading's discount is a finite number of at least 0, not {self.discount}"
             )
 
 
@@ -121,6 +135,11 @@ class ScreenerSpec:
         if not 0 <= self.overlap < self.window - 2:
             raise BundleError(
                 f"an overlap of {self.overlap} does not fit a window of {self.window}"
+            )
+        if self.close is not None and self.close.window >= self.window:
+            raise BundleError(
+                f"a close reading's windows of {self.close.window} tokens must be narrower than those of "
+                f"{self.window}"
             )
 
 

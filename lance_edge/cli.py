@@ -1,4 +1,4 @@
-"""The command line. Exit codes: 0 every prompt allowed, 1 something flagged that is not, 2 wrong usage,
+"""The command line. Exit codes: 0 every prompt allowed, 1 some prompt is not, 2 wrong usage,
 3 something could not be screened (unreadable line, bad bundle, missing device).
 """
 
@@ -24,14 +24,14 @@ from typer.core import TyperGroup
 
 from lance_edge import __version__
 from lance_edge.errors import InputError, InvalidOption, InvalidPrompt, LanceError
-from lance_edge.inputs import SUFFIXES, InputFormat, Item, read_items
+from lance_edge.inputs import InputFormat, Item, format_of, read_items
 from lance_edge.pipeline import MAX_CHARS, Looks, Pipeline, Prompt, load
-from lance_edge.policy import ALL
+from lance_edge.policy import ALL, read_rules
 from lance_edge.report import OutputFormat, Progress, Report, Steps, complain, discard, printable
 from lance_edge.verdict import Verdict
 from lance_edge_engines import SessionError, available_devices
 
-FLAGGED, USAGE, FAILED, INTERRUPTED = 1, 2, 3, 130
+NOT_ALLOWED, USAGE, FAILED, INTERRUPTED = 1, 2, 3, 130
 
 T = TypeVar("T")
 
@@ -89,7 +89,7 @@ def new_tool(what: str, no_args_is_help: bool = True) -> typer.Typer:
 
 app = typer.Typer(
     cls=Commands,
-    epilog="Exit codes: 0 every prompt allowed, 1 something flagged that is not, 2 wrong usage, "
+    epilog="Exit codes: 0 every prompt allowed, 1 some prompt is not, 2 wrong usage, "
     "3 something could not be screened, 130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
@@ -228,7 +228,7 @@ def exits(command: Callable[..., int]) -> Callable[..., None]:
         except (KeyboardInterrupt, typer.Abort):  # Abort: at a question
             complain("interrupted")
             code = INTERRUPTED
-        except Exception:  # a bug of ours must not end with 1, which says "flagged"
+        except Exception:  # a bug of ours must not end with 1, which says "not allowed"
             traceback.print_exc()
             complain("this is a bug; please report it with the lines above")
             code = FAILED
@@ -265,7 +265,7 @@ def screen(
         bundle,
         device,
         thresholds=parse_thresholds(threshold or []),
-        rules=read_policy(policy_file),
+        rules=policy_file,
         looks=looks,
         threads=threads,
         max_chars=max_chars,
@@ -304,7 +304,7 @@ def refine(
     """Screen prompts, and rewrite those that can be repaired. Needs `lance-edge pull` once."""
     items = items_of(prompts, field, input_format, text, quiet)
     offer_pull(bundle, public_key, plans)
-    rules = read_policy(policy_file)
+    rules = {} if policy_file is None else read_rules(policy_file)
     if max_steps is not None:
         rules["max_steps"] = max_steps
     with load(
@@ -500,10 +500,10 @@ def each_verdict(
 ) -> dict[str, int]:
     """Judge items in order, write each as soon as its batch is done, and count what came of them.
 
-    What is written is whole, also if it ends early.
+    What is written is whole, also if it ends early for an interrupt or a model that fails.
     """
     progress = Progress(sys.stderr, enabled=not quiet and not sys.stdout.isatty())
-    counts = {"screened": 0, "flagged": 0, "failed": 0, "blank": 0}
+    counts = {"screened": 0, "not allowed": 0, "failed": 0, "blank": 0}
     try:
         for chunk in chunks(_count_blank(items, counts), batch):
             _each_of(pipeline, judge, chunk, report, progress, counts)
@@ -517,7 +517,7 @@ def each_verdict(
         lines = "line" if counts["blank"] == 1 else "lines"
         blank = f", {counts['blank']:,} blank {lines} skipped" if counts["blank"] else ""
         complain(
-            f"{counts['screened']:,} screened, {counts['flagged']:,} flagged, "
+            f"{counts['screened']:,} screened, {counts['not allowed']:,} not allowed, "
             f"{counts['failed']:,} not screened{blank}"
         )
     return counts
@@ -535,7 +535,6 @@ def _each_of(
     verdicts = iter(judge([prompt for prompt in encoded if isinstance(prompt, Prompt)]))
     for item, prompt in zip(chunk, encoded, strict=True):
         if isinstance(prompt, str):
-            progress.clear()
             complain(f"{item.place}: {prompt}")
             report.error(item, prompt)
             counts["failed"] += 1
@@ -543,9 +542,9 @@ def _each_of(
         verdict = next(verdicts)
         report.verdict(item, verdict)
         counts["screened"] += 1
-        counts["flagged"] += verdict.decision != "allow"
+        counts["not allowed"] += verdict.decision != "allow"
     report.flush()
-    progress.update(counts["screened"], counts["flagged"], counts["failed"])
+    progress.update(counts["screened"], counts["not allowed"], counts["failed"])
 
 
 def items_of(
@@ -565,10 +564,10 @@ def hinting_at_json(items: Iterator[Item], field: str) -> Iterator[Item]:
     """The items; says so where the first line of a text file is an object of JSON."""
     seen: set[str] = set()
     for item in items:
-        if item.source is not None and item.source not in seen:
+        if item.source is not None and not item.blank and item.source not in seen:
             seen.add(item.source)
-            kind = SUFFIXES.get(Path(item.source).suffix.lower(), "lines")
-            if kind == "lines" and item.text is not None and re.match(r'\s*\{\s*"', item.text):
+            read_as = format_of(Path(item.source), "auto")
+            if read_as == "lines" and item.text is not None and re.match(r'\s*\{\s*"', item.text):
                 complain(
                     f"{item.place} looks like JSON and is read as plain text; "
                     f"--input jsonl reads the field {field!r} of each line"
@@ -593,7 +592,7 @@ def code_of(counts: Mapping[str, int]) -> int:
     """The exit code that says what came of the prompts."""
     if counts["failed"]:
         return FAILED
-    return FLAGGED if counts["flagged"] else 0
+    return NOT_ALLOWED if counts["not allowed"] else 0
 
 
 def offer_pull(bundle: Path | None, public_key: Path | None, plans: Path | None) -> None:
@@ -623,30 +622,6 @@ def pull_with_progress(
     opened = open_bundle(bundle, public_key)
     with Steps(sys.stderr, enabled=not quiet) as steps:
         return make(opened, base, steps.update)
-
-
-def read_policy(path: Path | None) -> dict[str, Any]:
-    """The contents of a policy file; empty without one. Raises InvalidOption."""
-    if path is None:
-        return {}
-    try:
-        rules = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=each_once)
-    except OSError as error:
-        raise InvalidOption(f"--policy {path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise InvalidOption(f"--policy {path} is not valid JSON ({error})") from error
-    if not isinstance(rules, dict):
-        raise InvalidOption(f"--policy {path} must hold an object, not {type(rules).__name__}")
-    return rules
-
-
-def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON. Raises ValueError if a key stands there twice."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} stands there twice")
-    return values
 
 
 def parse_thresholds(settings: Sequence[str]) -> dict[str, float]:

@@ -94,6 +94,11 @@ def _source(argument: str, input_format: InputFormat, as_text: bool) -> str | li
     return argument
 
 
+def format_of(path: Path, input_format: InputFormat) -> InputFormat:
+    """How a file is read: as it was said, or after its name."""
+    return SUFFIXES.get(path.suffix.lower(), "lines") if input_format == "auto" else input_format
+
+
 def _readable(path: Path, input_format: InputFormat) -> Path:
     if input_format == "auto" and path.suffix.lower() in NOT_READ:
         raise InputError(
@@ -128,12 +133,9 @@ def _read(source: str | list[Path] | None, field: str, input_format: InputFormat
         yield from read_stream(sys.stdin.buffer, "-", field, piped)
         return
     for path in source:
-        kind = (
-            SUFFIXES.get(path.suffix.lower(), "lines") if input_format == "auto" else input_format
-        )
         try:
             with path.open("rb") as stream:
-                yield from read_stream(stream, str(path), field, kind)
+                yield from read_stream(stream, str(path), field, format_of(path, input_format))
         except OSError as error:
             yield Item(str(path), 1, error=f"the file cannot be read: {error.strerror}")
 

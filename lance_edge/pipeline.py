@@ -238,18 +238,25 @@ class Pipeline:
             reason = f"it does not seem to be in a language that the refiner writes: {count}"
             return replace(verdict, decision=self.policy.unrepaired, reason=reason)
 
-        read = {prompt: judged.reading}
+        # Of the text in hand alone: each reading holds a cache of keys and values.
+        readings = {prompt: judged.reading}
 
         def rewrite(text: str, critique: str) -> Rewrite:
-            reading = read[text] = read.get(text) or refiner.read(text)
+            reading = readings.get(text)
+            if reading is None:
+                readings.clear()
+                reading = readings[text] = refiner.read(text)
             return refiner.rewrite(reading, critique)
 
         def judge(text: str) -> tuple[Gradient, ...]:
             if not refiner.fits(text):
                 raise InvalidPrompt(f"it has more than {refiner.prompt_tokens} tokens")
             again = self._look_again(self._first_looks([self.encode(text)])[0])
-            read[text] = again.reading
-            return self._to_change(self._verdict(again))
+            found = self._to_change(self._verdict(again))
+            if found:  # it is the next text to be rewritten
+                readings.clear()
+                readings[text] = again.reading
+            return found
 
         started = time.perf_counter()
         templates = self.templates
@@ -335,7 +342,7 @@ def load(
     device: str = "auto",
     *,
     thresholds: Mapping[str, float] | float | None = None,
-    rules: Mapping[str, Any] | None = None,
+    rules: Mapping[str, Any] | str | os.PathLike[str] | None = None,
     looks: Looks = "auto",
     threads: int | None = None,
     max_chars: int = MAX_CHARS,
@@ -348,7 +355,7 @@ def load(
                 `lance_edge_engines.BACKENDS`, and no other
     thresholds  severities from which on categories are flagged, in place of the bundle's: one for
                 all, or by category, where "*" stands for those that are not named
-    rules       other changes to the bundle's policy: see `lance_edge.policy.policy`
+    rules       other changes to the bundle's policy, or a file of them: see `lance_edge.policy.policy`
     looks       "1": the screener alone decides; "2": the refiner's language model reads every
                 prompt too; "auto": it reads those that the screener leaves open, if its weights
                 are on this machine
@@ -386,7 +393,7 @@ def assemble(
     device: str = "auto",
     *,
     thresholds: Mapping[str, float] | float | None = None,
-    rules: Mapping[str, Any] | None = None,
+    rules: Mapping[str, Any] | str | os.PathLike[str] | None = None,
     looks: Looks = "auto",
     threads: int | None = None,
     max_chars: int = MAX_CHARS,
@@ -413,7 +420,7 @@ def assemble(
     graphs = open_graphs(bundle, device, threads, None if plans is None else Path(plans))
     session = graphs.screener()
     calibration = [bundle.calibration[name] for name in chosen.categories]
-    screener = Screener(session, calibration, spec.close)
+    screener = Screener(session, calibration, spec.close, chosen.thresholds)
     if looks == "auto" and not graphs.has_refiner():
         looks = "1"
     opener = partial(open_refiner, graphs, refiner) if refiner else None

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -93,20 +96,25 @@ class Policy:
 def policy(
     bundle: Bundle,
     thresholds: Mapping[str, float] | float | None = None,
-    rules: Mapping[str, Any] | None = None,
+    rules: Mapping[str, Any] | str | os.PathLike[str] | None = None,
 ) -> Policy:
     """The bundle's policy with changes.
 
     thresholds  by category ("*": all that are not named), or one for all
-    rules       the contents of a policy file: `thresholds`, `actions` by category, `unrepaired`,
+    rules       a policy file or its contents: `thresholds`, `actions` by category, `unrepaired`,
                 `on_error`, `max_steps`, `least_log_probability`, `other_language`; `thresholds` above
                 count before these
 
-    Raises InvalidOption for a category that the bundle does not know, a value out of its range, or an
-    `other_language` where the bundle does not say how many of a prompt's words must be known.
+    Raises InvalidOption for a file that is none, a category that the bundle does not know, a value out of
+    its range, or an `other_language` where the bundle does not say how many of a prompt's words must be
+    known.
     """
+    if isinstance(rules, str | os.PathLike):
+        rules = read_rules(Path(rules))
     if not isinstance(rules, Mapping | None):
-        raise InvalidOption(f"rules must map settings to values, not be {rules!r}")
+        raise InvalidOption(
+            f"rules must map settings to values or be a policy file's path, not {rules!r}"
+        )
     rules = dict(rules or {})
     names = tuple(category.name for category in bundle.categories)
     chosen = {name: bundle.calibration[name].threshold for name in names}
@@ -138,6 +146,30 @@ def policy(
         tuple(actions[name] for name in names),
         **rules,
     )
+
+
+def read_rules(path: Path) -> dict[str, Any]:
+    """The contents of a policy file. Raises InvalidOption."""
+    try:
+        rules = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_each_once)
+    except OSError as error:
+        raise InvalidOption(f"the policy file {path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InvalidOption(f"the policy file {path} is not valid JSON ({error})") from error
+    if not isinstance(rules, dict):
+        raise InvalidOption(
+            f"the policy file {path} must hold an object, not {type(rules).__name__}"
+        )
+    return rules
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises ValueError if a key stands there twice."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} stands there twice")
+    return values
 
 
 def _thresholds(

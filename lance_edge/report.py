@@ -28,6 +28,7 @@ COLOURS = {
 # Without colours, edits are marked as `git diff --word-diff` marks them.
 MARKS = {"keep": ("", ""), "insert": ("{+", "+}"), "delete": ("[-", "-]")}
 INDENT = " " * 9
+CLEAR = "\r\x1b[K"  # a line that was there before
 
 
 class Report:
@@ -123,19 +124,19 @@ class Progress:
         self._enabled = enabled and err.isatty()
         self._started = self._shown = time.monotonic()
 
-    def update(self, screened: int, flagged: int, failed: int) -> None:
+    def update(self, screened: int, not_allowed: int, failed: int) -> None:
         now = time.monotonic()
         if self._enabled and now - self._shown >= 0.2:
             self._shown = now
             rate = screened / max(1e-9, now - self._started)
             tell(
-                f"\r{screened:,} screened, {flagged:,} flagged, {failed:,} unreadable, {rate:,.0f}/s\x1b[K",
+                f"\r{screened:,} screened, {not_allowed:,} not allowed, {failed:,} unreadable, {rate:,.0f}/s\x1b[K",
                 self._err,
             )
 
     def clear(self) -> None:
         if self._enabled:
-            tell("\r\x1b[K", self._err)
+            tell(CLEAR, self._err)
 
 
 class Steps:
@@ -160,7 +161,7 @@ class Steps:
 
     def __exit__(self, *_: object) -> None:
         if self._enabled and self._live and self._shown:
-            tell("\r\x1b[K", self._err)
+            tell(CLEAR, self._err)
 
 
 def excerpt(text: str, at: int) -> str:
@@ -188,8 +189,9 @@ def _words(text: str, verdict: Verdict) -> str:
 
 
 def complain(message: str) -> None:
-    """One sentence on standard error."""
-    tell(f"lance-edge: {printable(message)}\n", sys.stderr)
+    """One sentence on standard error, in the place of a progress line if there is one."""
+    clear = CLEAR if sys.stderr.isatty() else ""
+    tell(f"{clear}lance-edge: {printable(message)}\n", sys.stderr)
 
 
 def tell(text: str, err: TextIO) -> None:

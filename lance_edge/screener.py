@@ -63,7 +63,9 @@ class Labels:
 class Screener:
     """The label-enhancement model behind a session.
 
-    close  when a window is read again in narrower ones; None for never
+    close       when a window is read again in narrower ones; None for never
+    thresholds  severities from which on categories are flagged: below its own, none is clear; the
+                calibration's if none are given   [C]
     """
 
     def __init__(
@@ -71,9 +73,13 @@ class Screener:
         session: Session,
         calibration: Sequence[Calibration],
         close: CloseReading | None = None,
+        thresholds: FloatArray | None = None,
     ) -> None:
         self._session = session
         self._close = close
+        if thresholds is None:
+            thresholds = np.array([item.threshold for item in calibration])
+        self._clear = np.maximum(thresholds, close.high) if close else thresholds
         self._slope = np.array([item.slope for item in calibration])
         self._intercept = np.array([item.intercept for item in calibration])
         names = {spec.name for spec in session.outputs}
@@ -134,9 +140,9 @@ class Screener:
         return [scored[index] for index in range(len(windows))]
 
     def _read_again(self, labels: WindowLabels) -> list[Window]:
-        """The narrower windows of one that leaves open what it holds."""
-        close = self._close
-        if close is None or not close.low <= labels.severity.max() < close.high:
+        """The narrower windows of one that leaves open what it holds, in any category."""
+        close, severity = self._close, labels.severity
+        if close is None or not ((close.low <= severity) & (severity < self._clear)).any():
             return []
         return narrowed(labels.window, close.window, close.overlap)
 

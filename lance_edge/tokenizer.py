@@ -111,9 +111,9 @@ def narrowed(window: Window, width: int, overlap: int) -> list[Window]:
         return []
     text = np.flatnonzero(window.words >= 0)
     first, end = int(text[0]), int(text[-1]) + 1
-    room = width - (len(window.ids) - (end - first))
+    room = max(1, width - (len(window.ids) - (end - first)))
     found = []
-    for start in range(first, max(first + 1, end - overlap), room - overlap):
+    for start in range(first, max(first + 1, end - overlap), max(1, room - overlap)):
         kept = np.r_[:first, start : min(start + room, end), end : len(window.ids)]
         found.append(Window(window.ids[kept], window.offsets[kept], window.words[kept]))
     return found

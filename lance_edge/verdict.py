@@ -104,8 +104,8 @@ class Verdict:
     diff          from the prompt to the accepted rewrite
     reason        why a prompt that should be rewritten was not, or what else than its categories
                   decided; None otherwise
-    tokens        tokens read, windows' overlaps counted once per window
-    windows       stretches the prompt was read in
+    tokens        tokens read, once per window they stand in
+    windows       stretches the prompt was read in, those included that were read once more, closely
     bundle        SHA-256 of the bundle's manifest
     device        where the graph ran
     timings       where the time went

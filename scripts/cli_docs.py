@@ -62,7 +62,8 @@ def row(parameter: inspect.Parameter, hint: Any) -> str:
     """One option or argument."""
     kind, declared = get_args(hint)[:2]
     if isinstance(declared, ArgumentInfo):
-        several = "..." if get_origin(kind) is list else ""
+        kinds = (kind, *get_args(kind))  # of `list[str] | None`, too
+        several = "..." if any(get_origin(part) is list for part in kinds) else ""
         return f"| `{parameter.name.upper()}{several}` | {declared.help} | |"
     # In Annotated, the first name that an option declares stands in the place of its default.
     declared_names = [declared.default, *(declared.param_decls or ())]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -133,8 +134,8 @@ def goldens_file(folder: Path, prompts: list[str]) -> bytes:
         kept = goldens(pipeline, prompts)
     if not kept:
         raise ExportError(
-            "none of the golden prompts is clear of a threshold on this bundle; give others with "
-            "--golden-prompts"
+            "none of the golden prompts is short and clear of every threshold on this bundle; export it "
+            "with others (--golden-prompts)"
         )
     return json_bytes(kept)
 
@@ -142,9 +143,17 @@ def goldens_file(folder: Path, prompts: list[str]) -> bytes:
 def goldens(pipeline: Pipeline, prompts: list[str]) -> list[dict[str, Any]]:
     """Prompts with the severities and decisions that every machine must reproduce.
 
-    Prompts too close to a threshold are left out: rounding may decide there.
+    Prompts too close to a threshold are left out: rounding may decide there. So are, where windows are
+    read closely, those that are long enough for it: rounding may decide whether they are.
     """
-    margin = 2 * pipeline.bundle.manifest.screener.tolerance
+    spec = pipeline.bundle.manifest.screener
+    margin = 2 * spec.tolerance
+    longest = spec.close.window if spec.close else math.inf
+    prompts = [
+        prompt
+        for prompt in prompts
+        if all(len(window.ids) <= longest for window in pipeline.encode(prompt).windows)
+    ]
     thresholds = dict(zip(pipeline.policy.categories, pipeline.policy.thresholds, strict=True))
     kept = []
     for prompt, verdict in zip(prompts, pipeline.screen_many(prompts), strict=True):

@@ -27,6 +27,7 @@ from lance_edge_engines import Session, open_session
 from lance_edge_engines.session import PAST
 from lance_edge_export.decoder_graph import decoder_graph
 from lance_edge_export.delta import factors
+from lance_edge_training.data import DataError
 from lance_edge_training.refiner import load_refiner
 
 DELTA = "refiner_delta.npz"
@@ -77,17 +78,17 @@ def export_refiner(
     Raises ExportError if it was trained with another base or other categories, ParityError if a stage
     changes more than it may.
     """
-    trained, description = load_refiner(checkpoint, base)
+    try:
+        trained, description = load_refiner(checkpoint, base)
+    except DataError as error:
+        raise ExportError(str(error)) from error
     gguf = base.read_bytes()
-    found = hashlib.sha256(gguf).hexdigest()
-    if found != description["base_sha256"]:
-        raise ExportError(f"{base} is not the file that {checkpoint} was trained from")
     if description["categories"] != list(categories):
         raise ExportError(
             f"{checkpoint} was trained with the categories {', '.join(description['categories'])}, and the "
             f"bundle has {', '.join(categories)}, in this order; train it with this bundle (--bundle)"
         )
-    origin = BaseSpec(package, member, found, len(gguf))
+    origin = BaseSpec(package, member, description["base_sha256"], len(gguf))
     network = GgufLlama(Gguf(memoryview(gguf)))
     template = Template(**description["template"])
     serialized = (checkpoint / "tokenizer.json").read_bytes()
@@ -167,8 +168,7 @@ def compare_stages(
     prefix: dict[str, Array] = {}
     parity: dict[str, dict[str, float]] = {}
     before = expected
-    stages: tuple[Precision, ...] = ("fp32",) if precision == "fp32" else ("fp32", precision)
-    for stage in stages:
+    for stage in stages_to(precision):
         path = weights_file(workspace, stage)
         written = write_weights(path, network, delta, categories, stage)
         graph = decoder_graph(network.shape, categories, stage, context).SerializeToString()

@@ -91,7 +91,7 @@ def export_bundle(
         checkpoint.window,
         checkpoint.overlap,
         TOLERANCE[wishes.precision],
-        CloseReading(checkpoint.window // 2, checkpoint.overlap // 2)
+        CloseReading(checkpoint.window // 2, min(checkpoint.overlap // 2, checkpoint.window // 4))
         if wishes.close_reading
         else None,
     )

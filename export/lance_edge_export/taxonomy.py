@@ -18,9 +18,10 @@ MAPPINGS = ("mlcommons", "openai")  # what else a category may have
 
 def read_taxonomy(path: Path, found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The categories as a JSON file describes them, in their order. Raises ExportError."""
+    contents = read_text(path)
     try:
-        return with_taxonomy(found, json.loads(read_text(path)))
-    except ValueError as error:
+        return with_taxonomy(found, json.loads(contents))
+    except (ValueError, RecursionError) as error:
         raise ExportError(f"{path} is not valid JSON ({error})") from error
     except ExportError as error:
         raise ExportError(f"{path}: {error}") from error

@@ -8,6 +8,7 @@ import json
 import random
 import shutil
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
 import lance_edge
-from lance_edge.bundle import ScreenerSpec, open_bundle
+from lance_edge.bundle import CloseReading, ScreenerSpec, open_bundle
 from lance_edge.errors import ParityError
 from lance_edge.screener import FloatArray, pad
 from lance_edge.tokenizer import Tokenizer
@@ -145,6 +146,15 @@ def test_the_bundle_says_what_it_is(exported: Path) -> None:
     assert manifest.parity[exported.name]["prompts"] == 200
     assert manifest.provenance["encoder"] == "random"
     assert set(bundle.verify()) == {path.name for path in exported.iterdir()} - {"manifest.json"}
+
+
+def test_close_reading_is_written_into_the_bundle(
+    checkpoint: Path, prompts: Path, tmp_path: Path
+) -> None:
+    options = ("--precision", "fp32", "--close-reading")
+    result = run(checkpoint, prompts, tmp_path / "close", *options)
+    assert result.exit_code == 0, result.output
+    assert open_bundle(tmp_path / "close").manifest.screener.close == CloseReading(8, 2)
 
 
 def test_the_bundle_reproduces_its_goldens(exported: Path) -> None:
@@ -544,6 +554,18 @@ def test_prompts_too_close_to_a_threshold_are_no_goldens(tiny_bundle: Path) -> N
         with lance_edge.load(tiny_bundle, thresholds={"violence": severity + distance}) as pipeline:
             goldens = pack.goldens(pipeline, ["bomb", "hello"])
         assert [golden["prompt"] for golden in goldens] == kept
+
+
+def test_prompts_that_may_be_read_closely_are_no_goldens(tmp_path: Path) -> None:
+    folder = tiny.write_bundle(tmp_path / "close", window=40)
+    long = "hello " * 12
+    with lance_edge.load(folder) as pipeline:
+        assert len(pack.goldens(pipeline, ["hello", long])) == 2
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    manifest["screener"]["close"] = asdict(CloseReading(window=8, overlap=4))
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with lance_edge.load(folder) as pipeline:
+        assert [golden["prompt"] for golden in pack.goldens(pipeline, ["hello", long])] == ["hello"]
 
 
 def test_goldens_hold_what_the_runtime_says(guard: lance_edge.Pipeline) -> None:

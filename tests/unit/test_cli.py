@@ -26,7 +26,7 @@ from lance_edge.bundle import file_entry
 from lance_edge.report import EXCERPT, excerpt
 from lance_edge_engines import SessionError, available_devices
 
-ENTRY = [sys.executable, "-c", "from lance_edge.cli import main; main()"]
+ENTRY = [sys.executable, "-m", "lance_edge"]
 SCHEMA = jsonschema.Draft202012Validator(
     json.loads(files("lance_edge").joinpath("verdict.schema.json").read_text())
 )
@@ -91,7 +91,7 @@ def test_verdicts_go_to_stdout_and_the_rest_to_stderr(tiny_bundle: Path) -> None
     assert [record["line"] for record in records(done.stdout.decode())] == [1, 2, 4]
     assert done.stderr.decode().splitlines() == [
         "lance-edge: -:2: the line is not valid UTF-8 (byte 1)",
-        "lance-edge: 2 screened, 1 flagged, 1 not screened, 1 blank line skipped",
+        "lance-edge: 2 screened, 1 not allowed, 1 not screened, 1 blank line skipped",
     ]
 
 
@@ -194,6 +194,11 @@ def test_lines_that_look_like_json_are_hinted_at(
     assert screen("-", "--input", "jsonl", stdin=b'{"prompt": "hello"}\n').stderr == ""
 
 
+def test_a_blank_first_line_hides_no_hint(screen: Invoke) -> None:
+    stderr = screen("-", stdin=b'\n{"prompt": "hello"}\n').stderr
+    assert "-:2 looks like JSON and is read as plain text" in stderr
+
+
 def test_a_prompt_within_json_that_looks_like_json_is_not_hinted_at(
     screen: Invoke, tmp_path: Path
 ) -> None:
@@ -264,7 +269,7 @@ def test_one_broken_line_among_100_000_is_named(tiny_bundle: Path, tmp_path: Pat
         f"lance-edge: {tmp_path / 'many.jsonl'}:50000: the line is not valid JSON"
     )
     flagged = sum(n % 7 == 0 for n in range(100_000) if n != 49_999)
-    assert summary == f"lance-edge: 99,999 screened, {flagged:,} flagged, 1 not screened"
+    assert summary == f"lance-edge: 99,999 screened, {flagged:,} not allowed, 1 not screened"
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert [record["line"] for record in found] == list(range(1, 100_001))
     for n, record in enumerate(found):
@@ -350,7 +355,7 @@ def test_the_table_shows_scores_an_excerpt_and_the_words(screen: Invoke) -> None
     assert words == "         words: BOMB | spy"
     assert cake.startswith(f"allow    (highest: violence {low:.2f}±")
     assert cake.endswith(")  cake")
-    assert result.stderr == "lance-edge: 2 screened, 1 flagged, 0 not screened\n"
+    assert result.stderr == "lance-edge: 2 screened, 1 not allowed, 0 not screened\n"
 
 
 def test_the_table_names_lines_and_shortens_prompts(screen: Invoke) -> None:
@@ -389,7 +394,9 @@ def test_json_holds_the_same_records(screen: Invoke) -> None:
 def test_no_prompts_no_records(screen: Invoke, output_format: str, written: str) -> None:
     result = screen("-", "--format", output_format, stdin=b"\n\n")
     assert (result.exit_code, result.stdout) == (0, written)
-    assert result.stderr.endswith("0 screened, 0 flagged, 0 not screened, 2 blank lines skipped\n")
+    assert result.stderr.endswith(
+        "0 screened, 0 not allowed, 0 not screened, 2 blank lines skipped\n"
+    )
 
 
 @pytest.mark.parametrize("batch", ["1", "3", "64"])
@@ -849,6 +856,21 @@ def test_a_bug_is_shown_with_its_traceback(screen: Invoke, monkeypatch: pytest.M
     assert result.exit_code == 3
     assert result.stderr.startswith("Traceback")
     assert "ZeroDivisionError: surprise" in result.stderr
+
+
+def test_an_interrupt_while_the_command_is_loading_is_one_line() -> None:
+    code = (
+        "import builtins, sys\n"
+        "from lance_edge.__main__ import main\n"
+        "real = builtins.__import__\n"
+        "def interrupted(name, *rest):\n"
+        "    if name == 'lance_edge.pipeline': raise KeyboardInterrupt\n"
+        "    return real(name, *rest)\n"
+        "builtins.__import__ = interrupted\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "lance-edge: interrupted\n")
 
 
 # the export toolchain's commands

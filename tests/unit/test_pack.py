@@ -182,6 +182,7 @@ def test_what_a_taxonomy_does_not_say_stays(bundle: Path, weights: Path, tmp_pat
     ("contents", "message"),
     [
         ("[", "is not valid JSON"),
+        ("[" * 100_000, "is not valid JSON"),
         ("{}", "a taxonomy is a list of objects, each with a name"),
         ('[{"name": "violence", "title": "V", "action": "shrug"}]', "not shrug"),
         ('[{"name": "violence", "title": "V", "action": "block"}]', "each once: violence, privacy"),
@@ -204,6 +205,13 @@ def test_a_taxonomy_of_other_categories_leaves_nothing(
     assert done.exit_code != 0
     assert message in done.stderr and str(path) in done.stderr
     assert not (tmp_path / "packed").exists() and not left(tmp_path / "packed")
+
+
+def test_a_taxonomy_that_is_no_text_is_named_once(tiny_bundle: Path, tmp_path: Path) -> None:
+    path = tmp_path / "taxonomy.json"
+    path.write_bytes(b"[\xff")
+    done = pack(tiny_bundle, tmp_path / "packed", "--taxonomy", path)
+    assert done.stderr == f"lance-edge: {path} is not valid UTF-8 (byte 2)\n"
 
 
 # What is refused

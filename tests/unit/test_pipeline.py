@@ -163,13 +163,58 @@ def test_a_text_is_no_list_of_texts(guard: lance_edge.Pipeline) -> None:
         ({"threads": "2"}, "threads must be a whole number of at least 1, not '2'"),
         ({"max_chars": None}, "max_chars must be a whole number of at least 1, not None"),
         ({"max_chars": 0}, "max_chars must be a whole number of at least 1, not 0"),
-        ({"rules": "x"}, "rules must map settings to values, not be 'x'"),
+        ({"rules": 5}, "rules must map settings to values or be a policy file's path, not 5"),
         ({"rules": {1: 2}}, "a policy has no 1; it has"),
     ],
 )
 def test_options_that_cannot_be(tiny_bundle: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(lance_edge.InvalidOption, match=message):
         lance_edge.load(tiny_bundle, "cpu", **options)
+
+
+def test_rules_may_be_a_policy_file(tiny_bundle: Path, tmp_path: Path) -> None:
+    path = tmp_path / "policy.json"
+    path.write_text('{"actions": {"violence": "review"}}', encoding="utf-8")
+    for rules in (path, str(path)):
+        with lance_edge.load(tiny_bundle, "cpu", rules=rules) as pipeline:
+            assert pipeline.screen("bomb").decision == "review"
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        (None, "cannot be read: No such file"),
+        ("{", "is not valid JSON"),
+        ("[" * 100_000, "is not valid JSON"),
+        ('{"max_steps": 1, "max_steps": 2}', "'max_steps' stands there twice"),
+        ("[]", "must hold an object, not list"),
+    ],
+)
+def test_a_policy_file_that_is_none(
+    tiny_bundle: Path, tmp_path: Path, contents: str | None, message: str
+) -> None:
+    path = tmp_path / "policy.json"
+    if contents is not None:
+        path.write_text(contents, encoding="utf-8")
+    with pytest.raises(lance_edge.InvalidOption, match=f"the policy file {path} .*{message}"):
+        lance_edge.load(tiny_bundle, "cpu", rules=path)
+
+
+def test_a_bundle_s_close_reading_is_done(tmp_path: Path) -> None:
+    folder = tiny.write_bundle(tmp_path / "close", window=40)
+    text = "cake " * 20 + "bomb " + "cake " * 10
+    with lance_edge.load(folder, "cpu") as once:
+        plain = once.screen(text)
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    close = {"window": 8, "overlap": 4, "low": 0.0, "high": 0.5, "discount": 0.0}
+    manifest["screener"]["close"] = close
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with lance_edge.load(folder, "cpu") as closely:
+        read = closely.screen(text)
+        assert len(closely.encode(text).windows) == plain.windows == 1
+    assert read.windows > 1
+    assert read.tokens > plain.tokens
+    assert read.severity["violence"] > plain.severity["violence"]
 
 
 def test_numbers_of_numpy_are_numbers(tiny_bundle: Path) -> None:

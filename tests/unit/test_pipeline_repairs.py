@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +14,7 @@ import tiny_refiner
 
 import lance_edge
 from lance_edge.bundle import Calibration
-from lance_edge.refiner import Refiner
+from lance_edge.refiner import Reading, Refiner
 from lance_edge.verdict import Edit
 
 LANGUAGE = fake_refiner.language()
@@ -65,6 +67,28 @@ def test_the_second_step_rewrites_the_first_rewrite(refiner_bundle: Path) -> Non
     assert [step.text for step in verdict.steps] == ["hello the spy", "hello the cake"]
     assert [step.flagged for step in verdict.steps] == [("privacy",), ()]
     assert verdict.steps[1].critique == 'privacy (extreme) in "spy": no privacy'
+
+
+def test_one_text_s_cache_is_held_at_a_time(refiner_bundle: Path) -> None:
+    made: list[weakref.ref[Reading]] = []
+    held = []
+
+    def rewrite(text: str, critique: str) -> str:
+        return text.replace("bomb", "spy") if "bomb" in text else text.replace("spy", "cake")
+
+    with guard_that_writes(refiner_bundle, rewrite) as guard:
+        read = guard.refiner.read
+
+        def watched(text: str) -> Reading:
+            gc.collect()
+            held.append(sum(reading() is not None for reading in made))
+            reading = read(text)
+            made.append(weakref.ref(reading))
+            return reading
+
+        guard.refiner.read = watched  # type: ignore[method-assign]
+        assert guard.refine(PROMPT).refined == "hello the cake"
+    assert held == [0, 0]
 
 
 @pytest.mark.parametrize(

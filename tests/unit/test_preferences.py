@@ -268,12 +268,13 @@ def test_rows_that_are_all_too_long_are_said(
     assert "every row has more than 3 tokens" in " ".join(result.output.split())
 
 
+@pytest.mark.parametrize("junk", [True, False])
 def test_another_base_than_the_refiner_s_is_refused(
-    checkpoint: Path, base: Path, tmp_path: Path
+    checkpoint: Path, base: Path, tmp_path: Path, junk: bool
 ) -> None:
     data = write(tmp_path / "data", row(0), row(1))
     other = tmp_path / "other.gguf"
-    other.write_bytes(base.read_bytes() + b" ")
+    other.write_bytes(b"no GGUF file" if junk else base.read_bytes() + b" ")
     options = ["--checkpoint", checkpoint, "--base", other, "--data", data, "--out", tmp_path / "o"]
     result = invoke(*options, "--held-out", 0)
     assert result.exit_code == 2

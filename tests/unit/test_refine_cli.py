@@ -584,7 +584,7 @@ def test_the_table_shows_the_rewrite_and_the_changes(
     ]
     assert harmless.startswith("allow  ")
     assert result.exit_code == 1
-    assert result.stderr == "lance-edge: 2 screened, 1 flagged, 0 not screened\n"
+    assert result.stderr == "lance-edge: 2 screened, 1 not allowed, 0 not screened\n"
 
 
 def test_explain_shows_the_gradients(refine: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -679,7 +679,7 @@ def test_bad_lines_are_reported_and_the_others_refined(
         f"{path}:{line}:" for line in (2, 3, 4, 5, 8)
     ]
     assert result.stderr.splitlines()[-1].startswith(
-        "lance-edge: 3 screened, 2 flagged, 5 not screened"
+        "lance-edge: 3 screened, 2 not allowed, 5 not screened"
     )
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lance_edge import screener, spans
-from lance_edge.bundle import Calibration, CloseReading
+from lance_edge.bundle import Calibration, CloseReading, ScreenerSpec
 from lance_edge.errors import BundleError
 from lance_edge.spans import Word
 from lance_edge.tokenizer import Window, narrowed
@@ -251,6 +251,62 @@ def test_each_prompt_has_its_own_windows_read_again() -> None:
         assert labels.severity == reader.score([prompt])[0].severity
 
 
-def test_a_close_reading_s_overlap_fits_its_window() -> None:
-    with pytest.raises(BundleError, match="an overlap of 14 does not fit a close reading's window"):
-        CloseReading(window=16, overlap=14)
+def two_categories(read: list[int], clear: float) -> FakeSession:
+    """`diluting`, and a category before it that has one severity whatever is read."""
+    inner = diluting(read)
+
+    def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        outputs = inner.run(inputs)
+        latent = np.full_like(outputs["mean"], math.log(clear / (1 - clear)))
+        outputs["mean"] = np.concatenate([latent, outputs["mean"]], 1)
+        outputs["deviation"] = np.zeros_like(outputs["mean"])
+        outputs["contributions"] = np.repeat(outputs["contributions"], 2, -1)
+        return outputs
+
+    specs = [TensorSpec(spec.name, spec.dtype, (None, 2)) for spec in inner.outputs]
+    return FakeSession(run, outputs=specs)
+
+
+@pytest.mark.parametrize(
+    ("clear", "threshold", "windows"), [(0.9, 0.5, 6), (0.05, 0.5, 6), (0.6, 0.7, 6)]
+)
+def test_a_clear_category_hides_no_other(clear: float, threshold: float, windows: int) -> None:
+    calibration = [Calibration(1, 0, threshold), Calibration(1, 0, 0.5)]
+    reader = screener.Screener(two_categories([], clear), calibration, CLOSE)
+    (labels,) = reader.score([[sevens(slice(19, 27), 40)]])
+    assert len(labels.windows) == windows
+    assert labels.severity[1] > labels.windows[0].severity[1]
+
+
+def test_a_category_is_clear_only_where_it_is_flagged() -> None:
+    """In the first category alone something is left open, where its threshold is high."""
+    quiet = sevens(slice(0, 0), 40)
+    for threshold, windows in ((0.5, 1), (0.7, 6)):
+        calibration = [Calibration(1, 0, 0.5)] * 2
+        thresholds = np.array([threshold, 0.5])
+        reader = screener.Screener(two_categories([], 0.6), calibration, CLOSE, thresholds)
+        (labels,) = reader.score([[quiet]])
+        assert len(labels.windows) == windows
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"window": 7, "overlap": 0}, "windows of at least 8 tokens"),
+        ({"window": 16, "overlap": 9}, "that share half of them at most, not 16 and 9"),
+        ({"overlap": -1}, "that share half of them at most"),
+        ({"low": 0.9, "high": 0.1}, "0 <= low < high <= 1, not 0.9 and 0.1"),
+        ({"low": float("nan")}, "0 <= low < high <= 1"),
+        ({"high": 1.5}, "0 <= low < high <= 1"),
+        ({"discount": float("nan")}, "discount is a finite number of at least 0, not nan"),
+        ({"discount": -5}, "discount is a finite number of at least 0, not -5"),
+    ],
+)
+def test_a_close_reading_that_cannot_be(values: dict[str, float], message: str) -> None:
+    with pytest.raises(BundleError, match=message):
+        CloseReading(**values)  # type: ignore[arg-type]
+
+
+def test_a_close_reading_s_windows_are_narrower() -> None:
+    with pytest.raises(BundleError, match="windows of 64 tokens must be narrower than those of 64"):
+        ScreenerSpec("g", "t", "fp32", 64, 8, 0.01, CloseReading(window=64))

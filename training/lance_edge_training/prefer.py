@@ -266,11 +266,10 @@ def main(
     if len(rows) <= held_out:
         raise typer.BadParameter(f"there are {len(rows)} preferences, and {held_out} are held out")
     torch.manual_seed(seed)
-    refiner, description = load_refiner(checkpoint, base)
+    with usage_errors():
+        refiner, description = load_refiner(checkpoint, base)
     serialized = (checkpoint / "tokenizer.json").read_text(encoding="utf-8")
     tokenizer = LanguageTokenizer(serialized.encode(), Template(**description["template"]))
-    if hashlib.sha256(base.read_bytes()).hexdigest() != description["base_sha256"]:
-        raise typer.BadParameter(f"{base} is not the file that {checkpoint} was trained from")
     with usage_errors():
         trainer = PreferTrainer(refiner, rows, tokenizer, settings, device)
     before = trainer.order()

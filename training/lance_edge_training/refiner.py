@@ -26,6 +26,7 @@ from lance_edge.bundle import Template, default_bundle
 from lance_edge.language import LanguageTokenizer
 from lance_edge_training.base_model import base_tokenizer, load_base
 from lance_edge_training.checkpoint import earlier_run, interrupted_run, take_over, write_json
+from lance_edge_training.data import DataError
 from lance_edge_training.lowrank import add_low_rank, low_rank_layers
 from lance_edge_training.model import Enhancer, Head, Reading
 from lance_edge_training.objective import Weights, variational_terms
@@ -223,14 +224,24 @@ def save_refiner(
 
 
 def load_refiner(folder: Path, base: Path) -> tuple[Refiner, dict[str, Any]]:
-    """The trained refiner in evaluation mode, and the contents of refiner.json."""
+    """The trained refiner in evaluation mode, and the contents of refiner.json.
+
+    Raises DataError if it was trained from another base.
+    """
     description = json.loads((folder / "refiner.json").read_text(encoding="utf-8"))
+    if base_sha256(base) != description["base_sha256"]:
+        raise DataError(f"{base} is not the file that {folder} was trained from")
     settings = RefinerSettings(**description["provenance"]["settings"])
     refiner = Refiner(load_base(base), len(description["categories"]), replace(settings, scale=1.0))
     deltas = load_file(folder / "delta.safetensors")  # their scale is in them
     refiner.load_state_dict({f"network.{k}": v for k, v in deltas.items()}, strict=False)
     refiner.head.load_state_dict(load_file(folder / "head.safetensors"))
     return refiner.eval(), description
+
+
+def base_sha256(base: Path) -> str:
+    """The hash of a base's file."""
+    return hashlib.sha256(base.read_bytes()).hexdigest()
 
 
 def first_looks(records: list[Record], pipeline: lance_edge.Pipeline) -> list[Record]:
@@ -313,7 +324,7 @@ def main(
         trainer.run(out / "training.pt", save_every)
     description = {
         "template": asdict(TEMPLATE),
-        "base_sha256": hashlib.sha256(base.read_bytes()).hexdigest(),
+        "base_sha256": base_sha256(base),
         "categories": categories,
         "provenance": {
             "settings": asdict(settings),
