@@ -20,6 +20,7 @@ torch = pytest.importorskip("torch", reason="needs torch (the train extra)")
 from lance_edge.tokenizer import Tokenizer
 from lance_edge_training.data import (
     Corpus,
+    Deal,
     Example,
     binarise,
     coarse_view,
@@ -210,7 +211,7 @@ def test_coarse_view_of_a_row_without_positives_is_all_or_none() -> None:
 def test_an_epoch_deals_every_hard_row_once(tokenizer: Tokenizer) -> None:
     corpus = Corpus(hard_rows(90), CATEGORIES, tokenizer, tokens_per_batch=64, seed=1)
     for epoch in range(3):
-        assert sorted(chain(*corpus.batches(epoch))) == list(range(90))
+        assert sorted(deal.index for deal in chain(*corpus.batches(epoch))) == list(range(90))
 
 
 def test_batches_depend_on_seed_and_epoch_alone(tokenizer: Tokenizer) -> None:
@@ -230,21 +231,22 @@ def test_batches_keep_to_the_token_budget(tokenizer: Tokenizer, budget: int) -> 
     examples = hard_rows(90)
     corpus = Corpus(examples, CATEGORIES, tokenizer, budget, seed=1)
     rng = random.Random(0)
-    for indices in corpus.batches(0):
-        rows, tokens = corpus.collate(indices, rng).ids.shape
-        assert rows == len(indices)
+    for deals in corpus.batches(0):
+        rows, tokens = corpus.collate(deals, rng).ids.shape
+        assert rows == len(deals)
         assert rows * tokens <= budget
 
 
 def test_a_row_longer_than_the_budget_is_a_batch_of_its_own(tokenizer: Tokenizer) -> None:
     corpus = Corpus(hard_rows(6), CATEGORIES, tokenizer, tokens_per_batch=1, seed=1)
-    assert sorted(corpus.batches(0)) == [[0], [1], [2], [3], [4], [5]]
+    batches = [[deal.index for deal in deals] for deals in corpus.batches(0)]
+    assert sorted(batches) == [[0], [1], [2], [3], [4], [5]]
 
 
 def test_an_epoch_deals_another_share_of_the_easy_rows_each_time(tokenizer: Tokenizer) -> None:
     easy = [prompt_example(prompt_row("cake", harmful=False), CATEGORIES)] * 400
     corpus = Corpus([*hard_rows(50), *easy], CATEGORIES, tokenizer, 256, seed=1, easy_share=0.25)
-    dealt = [set(chain(*corpus.batches(epoch))) for epoch in range(4)]
+    dealt = [{deal.index for deal in chain(*corpus.batches(epoch))} for epoch in range(4)]
     for rows in dealt:
         assert rows.issuperset(range(50))
         assert len(rows) - 50 == pytest.approx(100, abs=35)  # 4 standard deviations
@@ -255,6 +257,51 @@ def test_no_rows_no_batches(tokenizer: Tokenizer) -> None:
     easy = prompt_example(prompt_row("cake", harmful=False), CATEGORIES)
     assert Corpus([], CATEGORIES, tokenizer, 64, seed=1).batches(0) == []
     assert Corpus([easy], CATEGORIES, tokenizer, 64, seed=1, easy_share=0.0).batches(0) == []
+
+
+def strings(tokenizer: Tokenizer) -> Corpus:
+    """A marked hazard, a harmless row, a faint one, one of unknown harm: each dealt in a string too."""
+    examples = [
+        graded({"violence": 0.8}, prompt="the bomb", spans=("bomb",)),
+        prompt_example(prompt_row("cake cake", harmful=False), CATEGORIES),
+        prompt_example(prompt_row("spy", severity={"privacy": 0.1}), CATEGORIES),
+        prompt_example(prompt_row("kill", harmful=None), CATEGORIES),
+    ]
+    return Corpus(examples, CATEGORIES, tokenizer, 64, seed=1, strung_share=1.0)
+
+
+def test_strung_rows_are_dealt_once_more_between_harmless_ones(tokenizer: Tokenizer) -> None:
+    corpus = strings(tokenizer)
+    deals = [deal for epoch in range(20) for deal in chain(*corpus.batches(epoch))]
+    assert sorted(deal.index for deal in deals) == sorted([0, 1, 2, 3] * 2 * 20)
+    assert {other for deal in deals for other in deal.before + deal.after} == {1}
+    hazards = [deal for deal in deals if deal.index == 0 and len(deal.parts) > 1]
+    assert {bool(deal.before) for deal in hazards} == {bool(deal.after) for deal in hazards}
+    assert len({len(deal.parts) for deal in hazards}) > 1
+
+
+def test_a_string_is_one_text_no_longer_than_a_window(tokenizer: Tokenizer) -> None:
+    corpus = strings(tokenizer)
+    for epoch in range(20):
+        for deals in corpus.batches(epoch):
+            batch = corpus.collate(deals, random.Random(0))
+            assert batch.ids.shape[1] <= tokenizer.window
+            assert (batch.ids == id_of("[CLS]")[0]).sum(1).tolist() == [1] * len(deals)
+            assert (batch.ids == id_of("[SEP]")[0]).sum(1).tolist() == [1] * len(deals)
+
+
+def test_a_string_keeps_the_labels_and_marks_of_its_example(tokenizer: Tokenizer) -> None:
+    batch = strings(tokenizer).collate([Deal(0, before=(1,), after=(1,))], random.Random(0))
+    text = ("cake", "cake", "the", "bomb", "cake", "cake")
+    assert batch.ids.tolist() == [id_of("[CLS]", *text, "[SEP]")]
+    assert batch.span.tolist() == [[0, 0, 0, 0, 1, 0, 0, 0]]
+    assert torch.equal(batch.severity, torch.tensor([[0.8, 0.0, 0.0]]))
+
+
+def test_without_harmless_rows_a_string_is_its_example(tokenizer: Tokenizer) -> None:
+    rows = [graded({"violence": 0.8})]
+    corpus = Corpus(rows, CATEGORIES, tokenizer, 64, seed=1, strung_share=1.0)
+    assert corpus.batches(0) == [[Deal(0), Deal(0)]]
 
 
 def test_tensors_of_a_graded_row(tokenizer: Tokenizer) -> None:
@@ -304,7 +351,7 @@ def test_tensors_of_a_row_of_unknown_harm(tokenizer: Tokenizer) -> None:
 def test_shorter_rows_are_padded(tokenizer: Tokenizer) -> None:
     examples = [graded({}, prompt="hello the bomb", spans=("bomb",)), graded({}, prompt="spy")]
     corpus = Corpus(examples, CATEGORIES, tokenizer, 64, seed=1)
-    batch = corpus.collate([0, 1], random.Random(0))
+    batch = corpus.collate([Deal(0), Deal(1)], random.Random(0))
     assert batch.ids[1].tolist() == [*id_of("[CLS]", "spy", "[SEP]"), 0, 0]
     assert batch.mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
     assert batch.span.tolist() == [[0, 0, 0, 1, 0], [0, 0, 0, 0, 0]]
@@ -349,7 +396,9 @@ def hard_rows(count: int) -> list[Example]:
 
 
 def collate(tokenizer: Tokenizer, example: Example, seed: int = 0) -> Any:
-    return Corpus([example], CATEGORIES, tokenizer, 64, seed=1).collate([0], random.Random(seed))
+    return Corpus([example], CATEGORIES, tokenizer, 64, seed=1).collate(
+        [Deal(0)], random.Random(seed)
+    )
 
 
 def id_of(*tokens: str) -> list[int]:

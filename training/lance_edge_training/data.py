@@ -16,10 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lance_edge.tokenizer import Tokenizer
+from lance_edge.tokenizer import IntArray, Tokenizer, Window
 
 Supervision = Literal["all", "binary"]
 T = TypeVar("T")
@@ -58,6 +59,11 @@ class Example:
     def easy(self) -> bool:
         """A benign prompt from a source of benign prompts: most of them teach little."""
         return self.kind == "prompt" and self.severity is None and self.harmful is False
+
+    @property
+    def harmless(self) -> bool:
+        """Known to be without hazard, in every category and to the least degree."""
+        return self.harmful is False and not any((self.severity or {}).values())
 
     @property
     def positive(self) -> frozenset[str]:
@@ -226,11 +232,31 @@ class Batch:
         return Batch(**{name: value.to(device) for name, value in vars(self).items()})
 
 
+@dataclass(frozen=True)
+class Deal:
+    """An example as an epoch deals it: alone, or strung together with harmless ones.
+
+    index          the example that the labels are of
+    before, after  harmless examples around it, in one text with it
+    """
+
+    index: int
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """All its examples, in the order of the text."""
+        return (*self.before, self.index, *self.after)
+
+
 class Corpus:
     """Tokenised examples, dealt out as batches of similar length.
 
     The order depends on the seed and the epoch alone, so a resumed run sees the same batches.
     An epoch deals only a share of the easy rows (coarse and benign), another one each time.
+    A share of the rows, too, is dealt once more in a string: between harmless rows, as a hazard
+    stands in a long text. Nothing else in the data shows what a harmless neighbourhood is worth.
     """
 
     def __init__(
@@ -241,40 +267,69 @@ class Corpus:
         tokens_per_batch: int,
         seed: int,
         easy_share: float = 1.0,
+        strung_share: float = 0.0,
     ) -> None:
         self.examples = examples
         self.categories = list(categories)
         self.tokens_per_batch = tokens_per_batch
         self.seed = seed
         self.easy_share = easy_share
-        self._windows = [tokenizer.encode(example.prompt)[0] for example in examples]
+        self.strung_share = strung_share
+        self._window = tokenizer.window
+        self._start, self._end = _special_tokens(tokenizer)
+        self._texts = [_text_tokens(tokenizer.encode(example.prompt)[0]) for example in examples]
+        self._harmless = [i for i, example in enumerate(examples) if example.harmless]
 
-    def batches(self, epoch: int) -> list[list[int]]:
-        """Indices of each batch of an epoch: neighbours in length, shuffled as batches."""
+    def batches(self, epoch: int) -> list[list[Deal]]:
+        """The rows of each batch of an epoch: neighbours in length, shuffled as batches."""
         rng = random.Random(f"{self.seed}-{epoch}")
-        jitter = [len(window.ids) * rng.uniform(0.9, 1.1) for window in self._windows]
-        dealt_rows = [
-            index
+        jitter = [rng.uniform(0.9, 1.1) for _ in self.examples]
+        alone = [
+            Deal(index)
             for index, example in enumerate(self.examples)
             if not example.easy or rng.random() < self.easy_share
         ]
-        order = sorted(dealt_rows, key=jitter.__getitem__)
-        dealt = fill_batches(order, lambda i: len(self._windows[i].ids), self.tokens_per_batch)
+        strung = [
+            self._strung(deal.index, rng) for deal in alone if rng.random() < self.strung_share
+        ]
+        deals = [*alone, *strung]
+        order = sorted(deals, key=lambda deal: self._tokens(deal) * jitter[deal.index])
+        dealt = fill_batches(order, self._tokens, self.tokens_per_batch)
         rng.shuffle(dealt)
         return dealt if order else []
 
-    def collate(self, indices: Sequence[int], rng: random.Random) -> Batch:
+    def collate(self, deals: Sequence[Deal], rng: random.Random) -> Batch:
         """The tensors of one batch. `rng` decides which labels of graded rows the posterior sees."""
-        rows, tokens = len(indices), max(len(self._windows[i].ids) for i in indices)
+        rows, tokens = len(deals), max(map(self._tokens, deals))
         ids, mask, span = (torch.zeros(rows, tokens, dtype=torch.long) for _ in range(3))
-        for row, index in enumerate(indices):
-            example, window = self.examples[index], self._windows[index]
-            length = len(window.ids)
-            ids[row, :length] = torch.from_numpy(window.ids)
+        for row, deal in enumerate(deals):
+            length = self._tokens(deal)
+            texts = [self._texts[part].ids for part in deal.parts]
+            ids[row, :length] = torch.from_numpy(np.concatenate([self._start, *texts, self._end]))
             mask[row, :length] = 1
-            span[row, :length] = _span_tokens(example, window.offsets.tolist())
-        examples = [self.examples[index] for index in indices]
+            first = len(self._start) + sum(len(self._texts[part].ids) for part in deal.before)
+            marked = _span_tokens(self.examples[deal.index], self._texts[deal.index].offsets)
+            span[row, first : first + len(marked)] = marked
+        examples = [self.examples[deal.index] for deal in deals]
         return Batch(ids, mask, *label_tensors(examples, self.categories, rng), span)
+
+    def _strung(self, index: int, rng: random.Random) -> Deal:
+        """The example at some place between harmless ones, which fill up to a window with it."""
+        room = rng.uniform(0.4, 1.0) * self._window - self._tokens(Deal(index))
+        others: list[int] = []
+        while self._harmless:
+            other = rng.choice(self._harmless)
+            room -= max(1, len(self._texts[other].ids))
+            if room < 0:
+                break
+            others.append(other)
+        place = rng.randint(0, len(others))
+        return Deal(index, tuple(others[:place]), tuple(others[place:]))
+
+    def _tokens(self, deal: Deal) -> int:
+        """Tokens of its text, special ones included."""
+        special = len(self._start) + len(self._end)
+        return special + sum(len(self._texts[part].ids) for part in deal.parts)
 
 
 def fill_batches(
@@ -332,7 +387,20 @@ def coarse_view(
     return {rng.choice(positive): 1.0} if kind == "one" and positive else {}
 
 
-def _span_tokens(example: Example, offsets: Sequence[Sequence[int]]) -> Tensor:
+def _special_tokens(tokenizer: Tokenizer) -> tuple[IntArray, IntArray]:
+    """The ids that stand before each text, and those that stand after it."""
+    window = tokenizer.encode("a")[0]
+    text = np.flatnonzero(window.words >= 0)
+    return window.ids[: text[0]], window.ids[text[-1] + 1 :]
+
+
+def _text_tokens(window: Window) -> Window:
+    """A window without its special tokens."""
+    of_text = window.words >= 0
+    return Window(window.ids[of_text], window.offsets[of_text], window.words[of_text])
+
+
+def _span_tokens(example: Example, offsets: IntArray) -> Tensor:
     """1 for each token inside an annotated hazard span of the prompt  [tokens]"""
     ranges = []
     for text in example.spans:
@@ -340,6 +408,6 @@ def _span_tokens(example: Example, offsets: Sequence[Sequence[int]]) -> Tensor:
         if start >= 0:
             ranges.append((start, start + len(text)))
     return torch.tensor(
-        [int(any(a < end and b > start for start, end in ranges)) for a, b in offsets],
+        [int(any(a < end and b > start for start, end in ranges)) for a, b in offsets.tolist()],
         dtype=torch.long,
     )

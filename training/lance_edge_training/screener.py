@@ -52,6 +52,7 @@ class Settings:
     rows: int | None = None  # train on this many rows only, drawn with the seed
     tokens_per_batch: int = 2048
     easy_share: float = 0.25  # of the coarse benign rows, in each epoch
+    strung_share: float = 0.0  # of the rows dealt, once more between harmless ones
     encoder_rate: float = 1.5e-4
     head_rate: float = 1e-3
     warmup: float = 0.06  # share of all steps
@@ -115,12 +116,12 @@ class Trainer:
         progress = tqdm(total=self.steps, initial=self.step, unit="step", mininterval=5)
         position = 0
         for epoch in range(self.settings.epochs):
-            for indices in self.corpus.batches(epoch):
+            for deals in self.corpus.batches(epoch):
                 position += 1
                 if position <= self.step:
                     continue
                 rng = random.Random(f"{self.settings.seed}-{position}")
-                terms = self.train_step(self.corpus.collate(indices, rng).to(self.device))
+                terms = self.train_step(self.corpus.collate(deals, rng).to(self.device))
                 progress.set_postfix(
                     {name: f"{value:.3f}" for name, value in terms.items()}, refresh=False
                 )
@@ -219,6 +220,14 @@ def main(
     easy_share: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Of the coarse benign rows, in each epoch.")
     ] = Settings.easy_share,
+    strung_share: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Of the rows dealt, dealt once more strung between harmless ones.",
+        ),
+    ] = Settings.strung_share,
     encoder_rate: Annotated[
         float, typer.Option(min=0.0, help="Highest learning rate of the encoder.")
     ] = Settings.encoder_rate,
@@ -238,6 +247,7 @@ def main(
         epochs=epochs,
         rows=rows,
         easy_share=easy_share,
+        strung_share=strung_share,
         encoder_rate=encoder_rate,
         seed=seed,
     )
@@ -258,6 +268,7 @@ def main(
         settings.tokens_per_batch,
         settings.seed,
         settings.easy_share,
+        settings.strung_share,
     )
     weights = Weights()
     bf16 = has_bf16(device)
