@@ -15,7 +15,6 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 import lance_edge
-from lance_edge.cli import read_policy
 from lance_edge.pipeline import Prompt
 from lance_edge_engines import SessionError
 
@@ -38,10 +37,11 @@ class TritonPythonModel:
         parameters = json.loads(args["model_config"])["parameters"]
         folder = Path(args["model_repository"]) / args["model_version"]
         policy = folder / "policy.json"
-        rules = read_policy(policy if policy.is_file() else None)
         self.task = _task(parameters["task"]["string_value"])
         self.guard = lance_edge.load(
-            folder / "bundle", parameters["device"]["string_value"], rules=rules
+            folder / "bundle",
+            parameters["device"]["string_value"],
+            rules=policy if policy.is_file() else None,
         )
         if self.task == "refine":
             _ = self.guard.refiner  # what is missing must stop the start, not the first request
