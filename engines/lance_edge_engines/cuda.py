@@ -7,15 +7,17 @@ be installed. TensorRT uses the device's primary context; so do we.
 from __future__ import annotations
 
 import ctypes
-import sys
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from lance_edge_engines.driver import (
+    CAPABILITY_MAJOR,
+    CAPABILITY_MINOR,
+    LIBRARIES,
+    load_library,
+)
 from lance_edge_engines.session import Array, DeviceUnavailable, SessionError
 
-LIBRARIES = ("nvcuda.dll",) if sys.platform == "win32" else ("libcuda.so.1", "libcuda.so")
-
-_MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 _INT, _SIZE, _POINTER = ctypes.c_int, ctypes.c_size_t, ctypes.c_void_p
 _ADDRESS = ctypes.c_uint64  # CUdeviceptr
 
@@ -99,7 +101,7 @@ class Device:
         self._call("cuDeviceGet", ctypes.byref(device), number)
         name = ctypes.create_string_buffer(256)
         self._call("cuDeviceGetName", name, len(name), device)
-        version = [self._attribute(which, device) for which in (_MAJOR, _MINOR)]
+        version = [self._attribute(which, device) for which in (CAPABILITY_MAJOR, CAPABILITY_MINOR)]
         self.gpu = Gpu(name.value.decode(), f"sm_{version[0]}{version[1]}")
         self._context = _POINTER()
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device)
@@ -166,12 +168,10 @@ class Device:
 
 
 def _load() -> Any:
-    for name in LIBRARIES:
-        try:
-            return ctypes.CDLL(name)
-        except OSError:
-            continue
-    raise DeviceUnavailable(
-        f"this machine has no NVIDIA driver ({LIBRARIES[0]} cannot be loaded); install the driver, "
-        "or run on a machine with an NVIDIA GPU"
-    )
+    library = load_library()
+    if library is None:
+        raise DeviceUnavailable(
+            f"this machine has no NVIDIA driver ({LIBRARIES[0]} cannot be loaded); install the driver, "
+            "or run on a machine with an NVIDIA GPU"
+        )
+    return library

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
 from dataclasses import dataclass
 from typing import Any
 
-LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+LIBRARIES = ("nvcuda.dll",) if sys.platform == "win32" else ("libcuda.so.1", "libcuda.so")
 
 # Numbers of CUdevice_attribute in cuda.h.
 CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76
@@ -46,10 +47,10 @@ class Driver:
 
 def load_library() -> Any:
     """The driver's library; None if it is not installed."""
-    try:
-        return ctypes.CDLL(LIBRARY)
-    except OSError:
-        return None
+    for name in LIBRARIES:
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(name)
+    return None
 
 
 def read_driver(library: Any) -> Driver:

@@ -49,7 +49,7 @@ def silent(*_: Any) -> None:
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "LIBRARIES", ("libno-such-driver.so",))
+    monkeypatch.setattr(driver, "LIBRARIES", ("libno-such-driver.so",))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # for child processes
 
 
