@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from lance_edge.bundle import Templates
+from lance_edge.passages import sentences
 from lance_edge.screener import Labels, WindowLabels
 from lance_edge.spans import told, word_shares
 from lance_edge.verdict import Gradient
@@ -19,7 +20,6 @@ from lance_edge.verdict import Gradient
 MAX_ELEMENTS = 3  # quoted per category; more would only repeat the prompt
 MAX_ELEMENT_CHARS = 80
 
-_SENTENCE = re.compile(r"[^.!?;\n]+[.!?;]*[\"'\u2019\u201d)\]]*")
 _LONG_WORD = re.compile(r"\w{4}")  # "of" and "so" carry no hazard
 
 
@@ -69,10 +69,10 @@ def widened(text: str, found: Sequence[Gradient], templates: Templates) -> tuple
 
     For a refiner that left the text as it is: it edits more where more is quoted.
     """
-    sentences = [match.group().strip() for match in _SENTENCE.finditer(text)]
+    whole = [text[start:end] for start, end in sentences(text)]
     wider: list[Gradient] = []
     for item in found:
-        holding = [s for s in sentences if any(element in s for element in item.elements)]
+        holding = [s for s in whole if any(element in s for element in item.elements)]
         words = list(dict.fromkeys(holding))[:MAX_ELEMENTS] or item.elements
         wider.append(
             gradient(item.category, item.severity, words, templates, wider, item.direction)

@@ -20,13 +20,14 @@ from lance_edge.errors import BundleError, InvalidOption, InvalidPrompt, LanceEr
 from lance_edge.gradient import critique, gradients, widened
 from lance_edge.graphs import Graphs, open_graphs
 from lance_edge.language import LanguageTokenizer
+from lance_edge.passages import Range, carrying, joined, sentences
 from lance_edge.policy import STRENGTH, Policy, check_whole, policy
 from lance_edge.refiner import Reading, Refiner, Rewrite
-from lance_edge.repair import diff, repair
+from lance_edge.repair import Repair, diff, objections, problem, repair
 from lance_edge.screener import FloatArray, Labels, Screener, both_looks
 from lance_edge.spans import hazard_spans
 from lance_edge.tokenizer import Tokenizer, Window
-from lance_edge.verdict import Decision, Gradient, Timings, Verdict
+from lance_edge.verdict import Decision, Gradient, RefineStep, Timings, Verdict
 from lance_edge_engines import BACKENDS, SessionError
 
 if TYPE_CHECKING:
@@ -196,6 +197,10 @@ class Pipeline:
         labels = self.screener.score([prompt.windows for prompt in prompts])
         return [Judged(prompt, item) for prompt, item in zip(prompts, labels, strict=True)]
 
+    def _read(self, text: str) -> Judged:
+        """What the looks say of a text."""
+        return self._look_again(self._first_looks([self.encode(text)])[0])
+
     def _look_again(self, judged: Judged) -> Judged:
         """With a second look at the prompt, if the first leaves it open and the refiner can read it."""
         look = self.second_look
@@ -228,18 +233,98 @@ class Pipeline:
         if verdict.decision != "rewrite":
             return verdict
         prompt = judged.prompt.text
+        if count := self._unknown_language(prompt, refiner.least_known):
+            reason = f"it does not seem to be in a language that the refiner writes: {count}"
+            return replace(verdict, decision=self.policy.unrepaired, reason=reason)
+        started = time.perf_counter()
+        done = self._repair_prompt(judged, verdict, refiner)
+        refine_ms = (time.perf_counter() - started) * 1000
+        return replace(
+            verdict,
+            decision="rewrite" if done.refined is not None else self.policy.unrepaired,
+            refined=done.refined,
+            critique=done.steps[0].critique if done.steps else None,
+            steps=done.steps,
+            diff=() if done.refined is None else diff(prompt, done.refined),
+            reason=done.reason,
+            timings=replace(verdict.timings, refine_ms=refine_ms),
+        )
+
+    def _repair_prompt(self, judged: Judged, verdict: Verdict, refiner: Refiner) -> Repair:
+        """Rewrites the passages that carry the hazard; where that does not do, the prompt as a whole."""
+        prompt = judged.prompt.text
+        tried: tuple[RefineStep, ...] = ()
+        to_change = self._to_change(verdict)
+        if places := self._hazardous_passages(prompt, verdict):
+            done = self._repair_passages(prompt, to_change, places, refiner)
+            if done.refined is not None:
+                return done
+            tried = done.steps
         if not refiner.fits(prompt):
             reason = (
                 f"the refiner reads {refiner.prompt_tokens} tokens and the prompt has "
                 f"{refiner.tokenizer.count(prompt)}"
             )
-            return replace(verdict, decision=self.policy.unrepaired, reason=reason)
-        if count := self._unknown_language(prompt, refiner.least_known):
-            reason = f"it does not seem to be in a language that the refiner writes: {count}"
-            return replace(verdict, decision=self.policy.unrepaired, reason=reason)
+            return Repair(None, tried, reason)
+        done = self._repair_text(judged, to_change, refiner)
+        return replace(done, steps=(*tried, *done.steps))
 
+    def _hazardous_passages(self, prompt: str, verdict: Verdict) -> list[Range]:
+        """The sentences that carry what is to change and are flagged for it alone, neighbours joined;
+        none if that is the whole prompt."""
+        to_change = {item.category for item in self._to_change(verdict)}
+        spans = [span for span in verdict.spans if span.category in to_change]
+        parts = sentences(prompt)
+        if len(parts) < 2:
+            return []
+        suspects = carrying(parts, spans)
+        looks = self._first_looks([self.encode(prompt[start:end]) for start, end in suspects])
+        hazardous = [
+            part
+            for part, alone in zip(suspects, looks, strict=True)
+            if not to_change.isdisjoint(self.policy.flagged(alone.labels.severity))
+        ]
+        return [] if len(hazardous) == len(parts) else joined(parts, hazardous)
+
+    def _repair_passages(
+        self, prompt: str, found: Sequence[Gradient], places: Sequence[Range], refiner: Refiner
+    ) -> Repair:
+        """The prompt with each of these passages rewritten by itself; all else stays as it is.
+
+        found  the prompt's gradients
+        """
+        pieces: list[str] = []
+        steps: list[RefineStep] = []
+        behind = 0
+        for start, end in places:
+            passage = self._read(prompt[start:end])
+            verdict = self._verdict(passage)
+            if verdict.decision != "rewrite" or not refiner.fits(passage.prompt.text):
+                return Repair(None, tuple(steps), "a passage of it cannot be rewritten by itself")
+            done = self._repair_text(passage, self._to_change(verdict), refiner)
+            steps += done.steps
+            if done.refined is None:
+                return replace(done, steps=tuple(steps))
+            pieces += [prompt[behind:start], done.refined]
+            behind = end
+        refined = "".join([*pieces, prompt[behind:]])
+        wrong = problem(
+            prompt, refined, True, found, refiner.tokenizer.has_control, refiner.least_kept
+        )
+        left: tuple[Gradient, ...] = ()
+        if wrong is None:
+            wrong, left = objections(self._left_to_change, refined)
+        if wrong is None:
+            return Repair(refined, tuple(steps), None)
+        flagged = tuple(item.category for item in left)
+        steps[-1] = replace(steps[-1], flagged=flagged, problem=f"the prompt with it: {wrong}")
+        return Repair(None, tuple(steps), wrong)
+
+    def _repair_text(self, judged: Judged, found: tuple[Gradient, ...], refiner: Refiner) -> Repair:
+        """Rewrites a text that the refiner can read."""
+        text = judged.prompt.text
         # Of the text in hand alone: each reading holds a cache of keys and values.
-        readings = {prompt: judged.reading}
+        readings = {text: judged.reading}
 
         def rewrite(text: str, critique: str) -> Rewrite:
             reading = readings.get(text)
@@ -251,19 +336,18 @@ class Pipeline:
         def judge(text: str) -> tuple[Gradient, ...]:
             if not refiner.fits(text):
                 raise InvalidPrompt(f"it has more than {refiner.prompt_tokens} tokens")
-            again = self._look_again(self._first_looks([self.encode(text)])[0])
-            found = self._to_change(self._verdict(again))
-            if found:  # it is the next text to be rewritten
+            again = self._read(text)
+            left = self._to_change(self._verdict(again))
+            if left:  # it is the next text to be rewritten
                 readings.clear()
                 readings[text] = again.reading
-            return found
+            return left
 
-        started = time.perf_counter()
         templates = self.templates
         assert templates is not None  # `open_bundle` sees to it where there is a refiner
-        done = repair(
-            prompt,
-            self._to_change(verdict),
+        return repair(
+            text,
+            found,
             compose=lambda found: critique(found, refiner.tokenizer.count, templates),
             rewrite=rewrite,
             judge=judge,
@@ -272,17 +356,6 @@ class Pipeline:
             least_kept=refiner.least_kept,
             least_log_probability=self.policy.least_log_probability,
             max_steps=self.policy.max_steps,
-        )
-        refine_ms = (time.perf_counter() - started) * 1000
-        return replace(
-            verdict,
-            decision="rewrite" if done.refined is not None else self.policy.unrepaired,
-            refined=done.refined,
-            critique=done.steps[0].critique,
-            steps=done.steps,
-            diff=() if done.refined is None else diff(prompt, done.refined),
-            reason=done.reason,
-            timings=replace(verdict.timings, refine_ms=refine_ms),
         )
 
     def _unknown_language(self, text: str, least_known: float) -> str | None:
@@ -302,6 +375,10 @@ class Pipeline:
         if count is None:
             return decision, None
         return other, f"it does not seem to be in a language that the screener knows: {count}"
+
+    def _left_to_change(self, text: str) -> tuple[Gradient, ...]:
+        """The gradients of a text that the policy does not let pass. Raises InvalidPrompt."""
+        return self._to_change(self._verdict(self._read(text)))
 
     def _to_change(self, verdict: Verdict) -> tuple[Gradient, ...]:
         """The gradients of categories that the policy does not let pass."""

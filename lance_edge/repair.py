@@ -85,7 +85,7 @@ def repair(
         if wrong is None and before is not None:
             wrong, flagged = f"it repeats a rewrite before it: {before.problem}", before.flagged
         elif wrong is None:
-            wrong, still = _judged(judge, made.text)
+            wrong, still = objections(judge, made.text)
             flagged = tuple(item.category for item in still)
             unsure = wrong is None and made.log_probability < least
         if unsure:
@@ -95,6 +95,7 @@ def repair(
             )
         steps.append(
             RefineStep(
+                source=text,
                 critique=told,
                 text=made.text,
                 flagged=flagged,
@@ -117,10 +118,10 @@ def repair(
             return Repair(None, tuple(steps), f"the rewrite was not accepted: {wrong}")
 
 
-def _judged(
+def objections(
     judge: Callable[[str], tuple[Gradient, ...]], text: str
 ) -> tuple[str | None, tuple[Gradient, ...]]:
-    """What the screener holds against a rewrite, and the gradients of it."""
+    """What the screener holds against a rewrite, and the gradients of it; None and nothing if it is clean."""
     try:
         still = judge(text)
     except InvalidPrompt as error:

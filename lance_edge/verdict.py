@@ -50,18 +50,20 @@ class Edit:
 class RefineStep:
     """One rewrite and what came of it.
 
+    source        what was rewritten: the prompt or a passage of it, or the last rewrite, if that was
+                  still flagged
     critique      what the refiner was told
     text          what it wrote
     flagged       categories of the rewrite at or above their threshold
     problem       why it was not accepted; None if it was
-    log_probability  of it as a whole, in nats (0 is certain), given the critique and the text that was
-                  rewritten: the prompt, or the last rewrite that was still flagged
+    log_probability  of it as a whole, in nats (0 is certain), given source and critique
     tokens        of the rewrite
     decode_steps  graph runs that wrote it
     drafted       tokens proposed by copying from the prompt
     accepted      of those, the ones the model agreed with
     """
 
+    source: str
     critique: str
     text: str
     flagged: tuple[str, ...]

@@ -183,15 +183,15 @@ def test_the_first_line_is_there_whatever_the_budget() -> None:
 
 
 def test_widened_gradients_quote_whole_sentences() -> None:
-    text = "We are a choir. Name a song; then tell me where she lives! Thanks.\nHow do I hurt her?"
+    text = "We are a choir. Name a song. Then tell me where she lives! Thanks.\nHow do I hurt her?"
     found = [
         gradient("privacy", 0.9, ("where she lives",), TEMPLATES),
         gradient("violence", 0.8, ("song", "hurt"), TEMPLATES, direction="turn away"),
     ]
     privacy, violence = widened(text, found, TEMPLATES)
-    assert privacy.elements == ("then tell me where she lives!",)
-    assert violence.elements == ("Name a song;", "How do I hurt her?")
-    assert violence.text == 'violence (extreme) in "Name a song;", "How do I hurt her?": turn away'
+    assert privacy.elements == ("Then tell me where she lives!",)
+    assert violence.elements == ("Name a song.", "How do I hurt her?")
+    assert violence.text == 'violence (extreme) in "Name a song.", "How do I hurt her?": turn away'
     assert (privacy.category, privacy.severity) == ("privacy", 0.9)
     assert widened(text, [privacy, violence], TEMPLATES) == (privacy, violence)  # no wider
 

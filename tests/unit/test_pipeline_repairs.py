@@ -116,3 +116,108 @@ def test_a_rewrite_too_long_to_be_read_again_is_not_accepted(refiner_bundle: Pat
         verdict = guard.refine(prompt)
     assert (verdict.decision, verdict.refined) == ("block", None)
     assert verdict.reason is not None
+
+
+def without_bombs(text: str, _: str) -> str:
+    return text.replace("bomb", "cake")
+
+
+def test_a_passage_that_carries_the_hazard_is_rewritten_alone(refiner_bundle: Path) -> None:
+    prompt = "hello  the cake.\nthe bomb!  hello?"
+    with guard_that_writes(refiner_bundle, without_bombs) as guard:
+        verdict = guard.refine(prompt)
+    assert (verdict.decision, verdict.refined) == (
+        "rewrite",
+        "hello  the cake.\nthe cake!  hello?",
+    )
+    assert [(step.source, step.text) for step in verdict.steps] == [("the bomb!", "the cake!")]
+    assert "".join(edit.text for edit in verdict.diff if edit.kind != "insert") == prompt
+
+
+def test_neighbouring_passages_are_one_and_others_apart(refiner_bundle: Path) -> None:
+    with guard_that_writes(
+        refiner_bundle, lambda text, _: text.replace("bomb", "cake").replace("kill", "hello")
+    ) as guard:
+        verdict = guard.refine("the bomb. kill! hello. the kill")
+    assert verdict.refined == "the cake. hello! hello. the hello"
+    assert [step.source for step in verdict.steps] == ["the bomb. kill!", "the kill"]
+
+
+def test_where_all_sentences_are_hazardous_the_prompt_is_rewritten_as_a_whole(
+    refiner_bundle: Path,
+) -> None:
+    with guard_that_writes(refiner_bundle, without_bombs) as guard:
+        verdict = guard.refine("the bomb. hello bomb")
+    assert [step.source for step in verdict.steps] == ["the bomb. hello bomb"]
+    assert verdict.refined == "the cake. hello cake"
+
+
+def test_a_passage_that_cannot_be_repaired_alone_leaves_it_to_the_whole_prompt(
+    refiner_bundle: Path,
+) -> None:
+    def rewrite(text: str, _: str) -> str:
+        return text.replace("bomb", "cake") if "hello" in text else ""
+
+    with guard_that_writes(refiner_bundle, rewrite) as guard:
+        verdict = guard.refine("hello. the bomb")
+    assert verdict.refined == "hello. the cake"
+    assert [step.source for step in verdict.steps] == ["the bomb", "hello. the bomb"]
+    assert [step.problem for step in verdict.steps] == ["it is empty", None]
+
+
+def test_passages_that_are_clean_apart_and_flagged_together_are_not_given_back(
+    refiner_bundle: Path,
+) -> None:
+    """Half a hazard is left in each sentence: the prompt is read as a whole before it is given back."""
+
+    def rewrite(text: str, _: str) -> str:
+        return "hello cake" if "hello" in text else text.replace("bomb", "kill safely")
+
+    with guard_that_writes(refiner_bundle, rewrite) as guard:
+        verdict = guard.refine("kill safely hello. the bomb")
+    assert [step.text for step in verdict.steps] == ["the kill safely", "hello cake"]
+    assert verdict.steps[0].flagged == ("violence",)
+    assert verdict.steps[0].problem == "the prompt with it: it is still flagged for violence"
+    assert verdict.refined == "hello cake"
+
+
+def test_a_passage_that_alone_would_be_blocked_is_rewritten_with_the_rest(
+    refiner_bundle: Path,
+) -> None:
+    with guard_that_writes(refiner_bundle, without_bombs) as guard:
+        assert guard.screen("the minor bomb bomb.").decision == "block"
+        verdict = guard.refine("the minor bomb bomb. safely safely")
+    assert [step.source for step in verdict.steps] == ["the minor bomb bomb. safely safely"]
+
+
+def test_a_prompt_longer_than_the_refiner_reads_is_repaired_in_its_passages(
+    refiner_bundle: Path,
+) -> None:
+    harmless = "hello the cake. " * 9
+    with guard_that_writes(refiner_bundle, without_bombs) as guard:
+        assert not guard.refiner.fits(harmless)
+        verdict = guard.refine(f"{harmless}the bomb. hello")
+        stuck = guard.refine(f"{harmless}the bomb kill. hello")
+    assert (verdict.decision, verdict.refined) == ("rewrite", f"{harmless}the cake. hello")
+    assert (stuck.decision, stuck.refined) == ("block", None)
+    assert stuck.reason is not None and stuck.reason.startswith("the refiner reads 96 tokens")
+    assert stuck.steps[0].source == "the bomb kill."
+    assert all(step.problem is not None for step in stuck.steps)
+
+
+def test_a_prompt_that_its_passages_make_too_long_is_no_error(refiner_bundle: Path) -> None:
+    with guard_that_writes(
+        refiner_bundle, lambda text, _: text.replace("bomb", "cake cake"), max_chars=20
+    ) as guard:
+        verdict = guard.refine("hello hello. bomb")
+    assert (verdict.decision, verdict.refined) == ("block", None)
+    assert verdict.steps[0].problem is not None
+    assert verdict.steps[0].problem.startswith("the prompt with it: it cannot be read as a prompt")
+
+
+def test_template_tokens_outside_the_passages_are_not_given_back(refiner_bundle: Path) -> None:
+    prompt = "<|im_end|>hello. the bomb"
+    with guard_that_writes(refiner_bundle, without_bombs) as guard:
+        verdict = guard.refine(prompt)
+    assert [step.source for step in verdict.steps] == ["the bomb", prompt]
+    assert (verdict.decision, verdict.refined) == ("block", None)

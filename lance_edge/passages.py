@@ -1,0 +1,54 @@
+"""The parts of a prompt that a repair may be limited to. Pure functions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+
+from lance_edge.verdict import Span
+
+Range = tuple[int, int]  # start and end, in characters of the prompt
+
+# The end of a sentence, with what closes it, or of a line.
+_BREAK = re.compile(r"[.!?\u2026]+[\"'\u2019\u201d)\]*]*\s+|\s*\n\s*")
+# Their full stop ends no sentence.
+_ABBREVIATION = re.compile(r"(?:^|[\s(\"'])(?:mr|mrs|ms|dr|prof|st|vs|e\.g|i\.e)$", re.IGNORECASE)
+
+
+def sentences(text: str) -> list[Range]:
+    """Where each sentence or line stands, without the blanks around it."""
+    found: list[Range] = []
+    start = 0
+    for match in _BREAK.finditer(text):
+        if match[0][0] == "." and _ABBREVIATION.search(text, start, match.start()):
+            continue
+        found.append((start, match.end()))
+        start = match.end()
+    found.append((start, len(text)))
+    stripped = (_stripped(text, *item) for item in found)
+    return [(start, end) for start, end in stripped if start < end]
+
+
+def carrying(parts: Sequence[Range], spans: Sequence[Span]) -> list[Range]:
+    """The parts that hold some of a span."""
+    return [
+        (start, end)
+        for start, end in parts
+        if any(span.start < end and start < span.end for span in spans)
+    ]
+
+
+def joined(parts: Sequence[Range], chosen: Collection[Range]) -> list[Range]:
+    """The chosen parts, neighbours as one."""
+    found: list[Range] = []
+    previous = False
+    for part in parts:
+        if part in chosen:
+            found.append((found.pop()[0], part[1]) if previous else part)
+        previous = part in chosen
+    return found
+
+
+def _stripped(text: str, start: int, end: int) -> Range:
+    part = text[start:end]
+    return end - len(part.lstrip()), start + len(part.rstrip())
