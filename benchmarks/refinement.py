@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import lance_edge
+from lance_edge.gradient import critique
 from lance_edge.repair import kept_in_order, words
 from lance_edge.screener import FloatArray
 from lance_edge.verdict import Verdict
@@ -55,7 +56,10 @@ def main(
         verdicts = [guard.refine(record["prompt"]) for record in tqdm(records, mininterval=10)]
         pairs = list(zip(records, verdicts, strict=True))
         chosen = compared(pairs)
-        blank = without_critique(guard, chosen)
+        told, blank = [
+            [rewritten(guard, verdict, record["prompt"], critical) for record, verdict in chosen]
+            for critical in (True, False)
+        ]
         sha256 = guard.bundle.sha256
     result = {
         "benchmark": "refinement",
@@ -68,8 +72,9 @@ def main(
         "similarity": similarity(
             [record["refined"] for record, _ in chosen],
             {
-                "with critique": [verdict.steps[0].text for _, verdict in chosen],
-                "without critique": blank,
+                "as given back": [verdict.refined or "" for _, verdict in chosen],
+                "as a whole, with critique": told,
+                "as a whole, without critique": blank,
                 "the prompt itself": [record["prompt"] for record, _ in chosen],
             },
             None if encoder is None else Embedder(encoder),
@@ -112,8 +117,7 @@ def rewrites(pairs: Pairs) -> dict[str, Any]:
             np.mean([v.decision == "review" and not v.steps for _, v in wanted])
         ),
         "accepted_by_least_log_probability": {
-            str(least): sum(v.steps[-1].log_probability >= least for v in accepted) / len(wanted)
-            for least in LEAST
+            str(least): sum(surely(v, least) for v in accepted) / len(wanted) for least in LEAST
         },
         "reasons": reasons,
         "refusal_phrases": sum(  # that are the rewrite's own: people too say "I can't face Monday"
@@ -121,6 +125,12 @@ def rewrites(pairs: Pairs) -> dict[str, Any]:
             for r, v in wanted
         ),
     }
+
+
+def surely(verdict: Verdict, least: float) -> bool:
+    """Whether all that was given back reaches a log-probability."""
+    kept = [step for step in verdict.steps if step.problem is None]
+    return all(step.log_probability >= least for step in kept)
 
 
 def keeps(pairs: Pairs) -> dict[str, float]:
@@ -151,16 +161,16 @@ def kept_words(pairs: Pairs) -> dict[str, float]:
 
 
 def compared(pairs: Pairs) -> Pairs:
-    """The records whose first rewrite is compared with the reference: every second that has one."""
-    return [(r, v) for r, v in pairs if v.steps and r["action"] == "rewrite"][::2]
+    """The records whose rewrite is compared with the reference: every second that has one."""
+    return [(r, v) for r, v in pairs if v.refined is not None and r["action"] == "rewrite"][::2]
 
 
-def without_critique(guard: lance_edge.Pipeline, pairs: Pairs) -> list[str]:
-    """Rewrites of the same prompts with an empty critique."""
-    return [
-        guard.refiner.rewrite(guard.refiner.read(record["prompt"]), "").text
-        for record, _ in tqdm(pairs, mininterval=10)
-    ]
+def rewritten(guard: lance_edge.Pipeline, verdict: Verdict, prompt: str, critical: bool) -> str:
+    """The first rewrite of a whole prompt along its critique, or along none."""
+    refiner, templates = guard.refiner, guard.templates
+    assert templates is not None
+    told = critique(verdict.gradients, refiner.tokenizer.count, templates) if critical else ""
+    return refiner.rewrite(refiner.read(prompt), told).text
 
 
 def similarity(
@@ -216,10 +226,17 @@ def decoding(verdicts: list[Verdict]) -> dict[str, float]:
         "rewrites": len(steps),
         "tokens_per_step": sum(s.tokens + 1 for s in steps) / sum(s.decode_steps for s in steps),
         "accepted_of_drafted": sum(s.accepted for s in steps) / sum(s.drafted for s in steps),
+        "in_passages": float(np.mean([_in_passages(v) for v in verdicts if v.refined is not None])),
         "refine_ms_median": float(np.median(times)),
         "refine_ms_p99": float(np.quantile(times, 0.99)),
         "second_looks": float(np.mean([v.look == 2 for v in verdicts])),
     }
+
+
+def _in_passages(verdict: Verdict) -> bool:
+    """Whether what was given back keeps all but some passages of the prompt."""
+    assert verdict.refined is not None
+    return verdict.refined != verdict.steps[-1].text
 
 
 def write_examples(records: list[dict[str, Any]], verdicts: list[Verdict]) -> None:

@@ -37,6 +37,7 @@ Looks = Literal["1", "2", "auto"]
 T = TypeVar("T")
 
 MAX_CHARS = 1_000_000
+MOST_PASSAGES = 8  # of a prompt that are rewritten one by one
 FEWEST_JUDGED = 3  # words from which on a prompt is asked for its language
 
 
@@ -271,7 +272,7 @@ class Pipeline:
 
     def _hazardous_passages(self, prompt: str, verdict: Verdict) -> list[Range]:
         """The sentences that carry what is to change and are flagged for it alone, neighbours joined;
-        none if that is the whole prompt."""
+        none if that is the whole prompt, or too many."""
         to_change = {item.category for item in self._to_change(verdict)}
         spans = [span for span in verdict.spans if span.category in to_change]
         parts = sentences(prompt)
@@ -284,7 +285,8 @@ class Pipeline:
             for part, alone in zip(suspects, looks, strict=True)
             if not to_change.isdisjoint(self.policy.flagged(alone.labels.severity))
         ]
-        return [] if len(hazardous) == len(parts) else joined(parts, hazardous)
+        places = joined(parts, hazardous)
+        return [] if len(hazardous) == len(parts) or len(places) > MOST_PASSAGES else places
 
     def _repair_passages(
         self, prompt: str, found: Sequence[Gradient], places: Sequence[Range], refiner: Refiner
@@ -294,31 +296,28 @@ class Pipeline:
         found  the prompt's gradients
         """
         pieces: list[str] = []
-        steps: list[RefineStep] = []
+        steps: tuple[RefineStep, ...] = ()
         behind = 0
         for start, end in places:
             passage = self._read(prompt[start:end])
             verdict = self._verdict(passage)
             if verdict.decision != "rewrite" or not refiner.fits(passage.prompt.text):
-                return Repair(None, tuple(steps), "a passage of it cannot be rewritten by itself")
+                return _given_up(steps, "another passage cannot be rewritten by itself")
             done = self._repair_text(passage, self._to_change(verdict), refiner)
-            steps += done.steps
             if done.refined is None:
-                return replace(done, steps=tuple(steps))
+                return _given_up((*steps, *done.steps), "another passage was not repaired")
+            steps += done.steps
             pieces += [prompt[behind:start], done.refined]
             behind = end
         refined = "".join([*pieces, prompt[behind:]])
         wrong = problem(
             prompt, refined, True, found, refiner.tokenizer.has_control, refiner.least_kept
         )
-        left: tuple[Gradient, ...] = ()
         if wrong is None:
-            wrong, left = objections(self._left_to_change, refined)
-        if wrong is None:
-            return Repair(refined, tuple(steps), None)
-        flagged = tuple(item.category for item in left)
-        steps[-1] = replace(steps[-1], flagged=flagged, problem=f"the prompt with it: {wrong}")
-        return Repair(None, tuple(steps), wrong)
+            wrong, _ = objections(self._left_to_change, refined)
+        if wrong is not None:
+            return _given_up(steps, f"the prompt with it: {wrong}")
+        return Repair(refined, steps, None)
 
     def _repair_text(self, judged: Judged, found: tuple[Gradient, ...], refiner: Refiner) -> Repair:
         """Rewrites a text that the refiner can read."""
@@ -524,6 +523,12 @@ def open_refiner(graphs: Graphs, spec: RefinerSpec) -> Refiner:
     return Refiner(
         decoder, tokenizer, calibration, spec.prompt_tokens, spec.least_kept, spec.least_known
     )
+
+
+def _given_up(steps: Sequence[RefineStep], why: str) -> Repair:
+    """Rewrites of passages that are not given back, whatever each of them is worth."""
+    refused = (step if step.problem else replace(step, problem=why) for step in steps)
+    return Repair(None, tuple(refused), why)
 
 
 def _beside(task: Callable[[], T]) -> Callable[[], T]:

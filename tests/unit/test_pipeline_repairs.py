@@ -165,6 +165,20 @@ def test_a_passage_that_cannot_be_repaired_alone_leaves_it_to_the_whole_prompt(
     assert [step.problem for step in verdict.steps] == ["it is empty", None]
 
 
+def test_of_passages_all_must_be_repaired(refiner_bundle: Path) -> None:
+    def rewrite(text: str, _: str) -> str:
+        return "" if text == "the kill" else text.replace("bomb", "cake").replace("kill", "cake")
+
+    with guard_that_writes(refiner_bundle, rewrite) as guard:
+        verdict = guard.refine("the bomb. hello. the kill")
+    assert verdict.refined == "the cake. hello. the cake"
+    assert [step.problem for step in verdict.steps] == [
+        "another passage was not repaired",
+        "it is empty",
+        None,
+    ]
+
+
 def test_passages_that_are_clean_apart_and_flagged_together_are_not_given_back(
     refiner_bundle: Path,
 ) -> None:
@@ -176,7 +190,6 @@ def test_passages_that_are_clean_apart_and_flagged_together_are_not_given_back(
     with guard_that_writes(refiner_bundle, rewrite) as guard:
         verdict = guard.refine("kill safely hello. the bomb")
     assert [step.text for step in verdict.steps] == ["the kill safely", "hello cake"]
-    assert verdict.steps[0].flagged == ("violence",)
     assert verdict.steps[0].problem == "the prompt with it: it is still flagged for violence"
     assert verdict.refined == "hello cake"
 
@@ -221,3 +234,12 @@ def test_template_tokens_outside_the_passages_are_not_given_back(refiner_bundle:
         verdict = guard.refine(prompt)
     assert [step.source for step in verdict.steps] == ["the bomb", prompt]
     assert (verdict.decision, verdict.refined) == ("block", None)
+
+
+def test_many_passages_are_not_rewritten_one_by_one(refiner_bundle: Path) -> None:
+    passages = [f"bomb. hello {number}." for number in range(9)]
+    with guard_that_writes(refiner_bundle, without_bombs) as guard:
+        few = guard.refine(" ".join(passages[:8]))
+        many = guard.refine(" ".join(passages))
+    assert (few.decision, len(few.steps)) == ("rewrite", 8)
+    assert (many.decision, many.steps) == ("block", ())
