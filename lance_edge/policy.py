@@ -46,7 +46,7 @@ class Policy:
     unrepaired  the decision where a prompt should be rewritten and no rewrite is acceptable
     on_error    the refiner fails: "closed" decides as for `unrepaired` at least, "open" allows
                 what was to be rewritten
-    max_steps   rewrites that are tried, each with the critique of what is left
+    max_steps   rewrites that are tried of a passage or prompt, each with the critique of what is left
     least_log_probability  log-probability in nats, 0 or less, that a rewrite as a whole must reach to
                 be given back; None for any
     other_language  at least this is decided for a prompt that does not seem to be in a language that
