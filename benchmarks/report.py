@@ -198,6 +198,7 @@ def refinement() -> str:
             "accepted, of those that were flagged for a rewrite",
             f"{rewrite['accepted_of_flagged_rewrites']:.1%}",
         ),
+        ("accepted, with passages alone rewritten", f"{decoding['in_passages']:.1%} of these"),
         *(
             (f"accepted, with a log-probability of at least {least}", f"{share:.1%}")
             for least, share in rewrite["accepted_by_least_log_probability"].items()
