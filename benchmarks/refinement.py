@@ -20,8 +20,8 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import lance_edge
+from lance_edge.acceptance import kept_in_order, words
 from lance_edge.gradient import critique
-from lance_edge.repair import kept_in_order, words
 from lance_edge.screener import FloatArray
 from lance_edge.verdict import Verdict
 from lance_edge_training.data import read_rows

@@ -39,8 +39,8 @@ import typer
 from environment import environment, save
 
 import lance_edge
+from lance_edge.acceptance import common_length
 from lance_edge.refiner import Refiner
-from lance_edge.repair import common_length
 from lance_edge_training.data import read_rows
 from lance_edge_training.lowrank import low_rank_layers
 from lance_edge_training.refiner import load_refiner

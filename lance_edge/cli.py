@@ -288,7 +288,8 @@ def refine(
     policy_file: PolicyOption = None,
     looks: LooksOption = "auto",
     max_steps: Annotated[
-        int | None, typer.Option(min=1, show_default="the policy's, 3", help="Rewrites to try of a text.")
+        int | None,
+        typer.Option(min=1, show_default="the policy's, 3", help="Rewrites to try of a text."),
     ] = None,
     explain: ExplainOption = False,
     with_prompt: WithPromptOption = False,

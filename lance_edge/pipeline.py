@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import numpy as np
 
+from lance_edge.acceptance import problem
 from lance_edge.bundle import Bundle, RefinerSpec, open_bundle
 from lance_edge.decoder import Decoder
 from lance_edge.errors import BundleError, InvalidOption, InvalidPrompt, LanceError
@@ -23,7 +24,7 @@ from lance_edge.language import LanguageTokenizer
 from lance_edge.passages import Range, carrying, joined, sentences
 from lance_edge.policy import STRENGTH, Policy, check_whole, policy
 from lance_edge.refiner import Reading, Refiner, Rewrite
-from lance_edge.repair import Repair, diff, objections, problem, repair
+from lance_edge.repair import Repair, diff, objections, repair, repair_passages
 from lance_edge.screener import FloatArray, Labels, Screener, both_looks
 from lance_edge.spans import hazard_spans
 from lance_edge.tokenizer import Tokenizer, Window
@@ -253,11 +254,23 @@ class Pipeline:
 
     def _repair_prompt(self, judged: Judged, verdict: Verdict, refiner: Refiner) -> Repair:
         """Rewrites the passages that carry the hazard; where that does not do, the prompt as a whole."""
-        prompt = judged.prompt.text
+        prompt, to_change = judged.prompt.text, self._to_change(verdict)
+
+        def repair_alone(passage: str) -> Repair | None:
+            read = self._read(passage)
+            alone = self._verdict(read)
+            if alone.decision != "rewrite" or not refiner.fits(passage):
+                return None
+            return self._repair_text(read, self._to_change(alone), refiner)
+
+        def wrong_with(text: str) -> str | None:
+            is_control = refiner.tokenizer.has_control
+            wrong = problem(prompt, text, True, to_change, is_control, refiner.least_kept)
+            return wrong or objections(self._left_to_change, text)[0]
+
         tried: tuple[RefineStep, ...] = ()
-        to_change = self._to_change(verdict)
         if places := self._hazardous_passages(prompt, verdict):
-            done = self._repair_passages(prompt, to_change, places, refiner)
+            done = repair_passages(prompt, places, repair_alone=repair_alone, wrong_with=wrong_with)
             if done.refined is not None:
                 return done
             tried = done.steps
@@ -267,8 +280,8 @@ class Pipeline:
                 f"{refiner.tokenizer.count(prompt)}"
             )
             return Repair(None, tried, reason)
-        done = self._repair_text(judged, to_change, refiner)
-        return replace(done, steps=(*tried, *done.steps))
+        whole = self._repair_text(judged, to_change, refiner)
+        return replace(whole, steps=(*tried, *whole.steps))
 
     def _hazardous_passages(self, prompt: str, verdict: Verdict) -> list[Range]:
         """The sentences that carry what is to change and are flagged for it alone, neighbours joined;
@@ -287,37 +300,6 @@ class Pipeline:
         ]
         places = joined(parts, hazardous)
         return [] if len(hazardous) == len(parts) or len(places) > MOST_PASSAGES else places
-
-    def _repair_passages(
-        self, prompt: str, found: Sequence[Gradient], places: Sequence[Range], refiner: Refiner
-    ) -> Repair:
-        """The prompt with each of these passages rewritten by itself; all else stays as it is.
-
-        found  the prompt's gradients
-        """
-        pieces: list[str] = []
-        steps: tuple[RefineStep, ...] = ()
-        behind = 0
-        for start, end in places:
-            passage = self._read(prompt[start:end])
-            verdict = self._verdict(passage)
-            if verdict.decision != "rewrite" or not refiner.fits(passage.prompt.text):
-                return _given_up(steps, "another passage cannot be rewritten by itself")
-            done = self._repair_text(passage, self._to_change(verdict), refiner)
-            if done.refined is None:
-                return _given_up((*steps, *done.steps), "another passage was not repaired")
-            steps += done.steps
-            pieces += [prompt[behind:start], done.refined]
-            behind = end
-        refined = "".join([*pieces, prompt[behind:]])
-        wrong = problem(
-            prompt, refined, True, found, refiner.tokenizer.has_control, refiner.least_kept
-        )
-        if wrong is None:
-            wrong, _ = objections(self._left_to_change, refined)
-        if wrong is not None:
-            return _given_up(steps, f"the prompt with it: {wrong}")
-        return Repair(refined, steps, None)
 
     def _repair_text(self, judged: Judged, found: tuple[Gradient, ...], refiner: Refiner) -> Repair:
         """Rewrites a text that the refiner can read."""
@@ -523,12 +505,6 @@ def open_refiner(graphs: Graphs, spec: RefinerSpec) -> Refiner:
     return Refiner(
         decoder, tokenizer, calibration, spec.prompt_tokens, spec.least_kept, spec.least_known
     )
-
-
-def _given_up(steps: Sequence[RefineStep], why: str) -> Repair:
-    """Rewrites of passages that are not given back, whatever each of them is worth."""
-    refused = (step if step.problem else replace(step, problem=why) for step in steps)
-    return Repair(None, tuple(refused), why)
 
 
 def _beside(task: Callable[[], T]) -> Callable[[], T]:

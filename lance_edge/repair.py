@@ -1,6 +1,6 @@
-"""From a flagged prompt to an accepted rewrite, or to the reason why there is none.
+"""From a flagged text to an accepted rewrite, or to the reason why there is none.
 
-What is acceptable is decided by pure functions over texts; the loop only calls them.
+Knows texts and what is said of them; who rewrites and who judges is handed over.
 """
 
 from __future__ import annotations
@@ -8,31 +8,15 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
+from lance_edge.acceptance import UNCHANGED, problem
 from lance_edge.errors import InvalidPrompt
+from lance_edge.passages import Range
 from lance_edge.refiner import Rewrite
-from lance_edge.tokenizer import readable
 from lance_edge.verdict import Edit, Gradient, RefineStep
 
-UNCHANGED = "it changes nothing"
-FEWEST_WORDS = 6  # outside the hazard, from which on it is asked whether they were kept
-BROKEN = "\ufffd"  # what is left of bytes that are no UTF-8
-LONGEST_REPEAT = 4  # words in a phrase that may not stand three times
-
-_WORD = re.compile(r"\w+(?:['\u2019-]\w+)*")
-# What a model says that declines to answer. People too say "I can't sleep" or "I'm sorry I missed
-# your party", and that may stay.
-_CANNOT = r"I(?: can ?not| can['\u2019]t| won['\u2019]t|(?: am|['\u2019]m) (?:unable|not able) to)"
-_REFUSAL = re.compile(
-    r"\bas an AI(?:,| (?:language )?model| assistant)"
-    rf"|\bsorry,? (?:but )?{_CANNOT}"
-    rf"|\b{_CANNOT} (?:fulfil|assist|comply|(?:help|answer|provide|continue)(?: you)?(?: with)? th(?:at|is)\b"
-    r"|(?:create|generate|write) (?:such|this|that|content)\b)",
-    re.IGNORECASE,
-)
 _PIECE = re.compile(r"\s+|\w+(?:['\u2019-]\w+)*|[^\w\s]")
 
 
@@ -118,6 +102,41 @@ def repair(
             return Repair(None, tuple(steps), f"the rewrite was not accepted: {wrong}")
 
 
+def repair_passages(
+    prompt: str,
+    places: Sequence[Range],
+    *,
+    repair_alone: Callable[[str], Repair | None],
+    wrong_with: Callable[[str], str | None],
+) -> Repair:
+    """Rewrite these passages of a prompt, each by itself; all else stays as it is.
+
+    repair_alone  passage -> its repair; None if it may not be rewritten by itself
+    wrong_with    the prompt with all of them repaired -> why it cannot stand for it; None if it can
+    """
+    pieces: list[str] = []
+    steps: tuple[RefineStep, ...] = ()
+    behind = 0
+    for start, end in places:
+        done = repair_alone(prompt[start:end])
+        if done is None or done.refined is None:
+            tried = () if done is None else done.steps
+            return _given_up((*steps, *tried), "another passage was not repaired")
+        steps += done.steps
+        pieces += [prompt[behind:start], done.refined]
+        behind = end
+    refined = "".join([*pieces, prompt[behind:]])
+    if wrong := wrong_with(refined):
+        return _given_up(steps, f"the prompt with it: {wrong}")
+    return Repair(refined, steps, None)
+
+
+def _given_up(steps: Sequence[RefineStep], why: str) -> Repair:
+    """Rewrites of passages that are not given back, whatever each of them is worth."""
+    refused = (step if step.problem else replace(step, problem=why) for step in steps)
+    return Repair(None, tuple(refused), why)
+
+
 def objections(
     judge: Callable[[str], tuple[Gradient, ...]], text: str
 ) -> tuple[str | None, tuple[Gradient, ...]]:
@@ -129,85 +148,6 @@ def objections(
     if not still:
         return None, ()
     return f"it is still flagged for {', '.join(item.category for item in still)}", still
-
-
-def problem(
-    prompt: str,
-    rewrite: str,
-    ended: bool,
-    gradients: Sequence[Gradient],
-    is_control: Callable[[str], bool],
-    least_kept: float,
-) -> str | None:
-    """Why a text cannot stand for the prompt, whatever the screener says of it; None if it can.
-
-    ended       whether the rewrite came to an end by itself
-    is_control  whether a text spells out a token of the prompt template
-    least_kept  share of the words outside the gradients' elements that it must keep, in order
-    """
-    if not readable(rewrite):
-        return "it is empty"
-    if not ended:
-        return "it is too long"
-    if is_control(rewrite):
-        return "it carries tokens of the prompt template"
-    if phrase := repeated(rewrite, prompt):
-        return f"it repeats {phrase!r}"
-    if BROKEN in rewrite and BROKEN not in prompt:
-        return "it holds half a character"
-    if refuses(rewrite) and not refuses(prompt):
-        return "it refuses instead of rewriting"
-    if rewrite.strip() == prompt.strip():
-        return UNCHANGED
-    outside = words_outside(prompt, [word for item in gradients for word in item.elements])
-    if len(outside) >= FEWEST_WORDS and kept_in_order(outside, words(rewrite)) < least_kept:
-        return "it loses harmless parts of the prompt"
-    return None
-
-
-def words(text: str) -> list[str]:
-    """The words of a text, without case."""
-    return [match.group().casefold() for match in _WORD.finditer(text)]
-
-
-def words_outside(prompt: str, elements: Sequence[str]) -> list[str]:
-    """The prompt's words that are in none of the quoted elements."""
-    hazard = {word for element in elements for word in words(element)}
-    return [word for word in words(prompt) if word not in hazard]
-
-
-def kept_in_order(wanted: Sequence[str], found: Sequence[str]) -> float:
-    """Share of the wanted words that the found ones hold in the same order; 1 if none is wanted."""
-    return common_length(wanted, found) / len(wanted) if wanted else 1.0
-
-
-def common_length(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
-    """The length of the longest common subsequence.
-
-    Bit-parallel (Hyyro, "Bit-parallel LCS-length computation revisited", 2004): bit i of `open_` is
-    0 where the subsequence of a's first i + 1 words is longer than that of its first i.
-    """
-    places: dict[Hashable, int] = {}
-    for index, word in enumerate(a):
-        places[word] = places.get(word, 0) | 1 << index
-    every = (1 << len(a)) - 1
-    open_ = every
-    for word in b:
-        matched = open_ & places.get(word, 0)
-        open_ = ((open_ + matched) | (open_ - matched)) & every
-    return len(a) - open_.bit_count()
-
-
-def refuses(text: str) -> bool:
-    """Whether a text holds a phrase with which models decline to answer."""
-    return _REFUSAL.search(text) is not None
-
-
-def repeated(rewrite: str, prompt: str) -> str | None:
-    """A phrase that stands three times in the rewrite and not so often in the prompt."""
-    phrases, allowed = _phrases(rewrite), _phrases(prompt)
-    found = (phrase for phrase, count in phrases.items() if count >= 3 and count > allowed[phrase])
-    return next(found, None)
 
 
 def diff(prompt: str, rewrite: str) -> tuple[Edit, ...]:
@@ -224,11 +164,3 @@ def diff(prompt: str, rewrite: str) -> tuple[Edit, ...]:
         if c < d:
             edits.append(Edit("insert", "".join(after[c:d])))
     return tuple(edits)
-
-
-def _phrases(text: str) -> Counter[str]:
-    found = words(text)
-    return Counter(
-        " ".join(found[start : start + LONGEST_REPEAT])
-        for start in range(len(found) - LONGEST_REPEAT + 1)
-    )
