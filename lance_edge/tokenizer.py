@@ -64,16 +64,17 @@ class Tokenizer:
         """The prompt's windows, in order; one if the prompt is short.
 
         Those of the text as it stands, then, if words in it are spelled with digits or gaps, those of the
-        text as it may be meant; all offsets are into the text as it stands.
+        text as it may be meant; only these where most of its letters stand alone. All offsets are into the
+        text as it stands.
 
         Raises InvalidPrompt if the text is blank or not valid Unicode.
         """
         check_text(text)
-        windows = self._windows(text)
-        if read := meant(text):
-            words, places = read
-            windows += [_placed(window, places) for window in self._windows(words)]
-        return windows
+        read = meant(text)
+        if read is None:
+            return self._windows(text)
+        windows = [] if read.apart else self._windows(text)
+        return windows + [_placed(window, read.places) for window in self._windows(read.text)]
 
     def known_words(self, text: str) -> tuple[int, int]:
         """How many words of a text's first window are one token, and how many there are.
