@@ -18,6 +18,7 @@ from lance_edge_training.data import split_rows
 
 CYRILLIC = dict(zip("aceiopsxyABCEHIKMOPTX", "асеіорѕхуАВСЕНІКМОРТХ", strict=True))  # noqa: RUF001
 DIGITS = dict(zip("aeios", "43105", strict=True))
+SYMBOLS = dict(zip("ais", "@!$", strict=True))
 
 
 def shifted(start: int, first: str, last: str) -> dict[str, str]:
@@ -44,6 +45,7 @@ DISGUISES: dict[str, Callable[[str], str]] = {
     "arrows between words": lambda text: "\u2192".join(text.split()),
     "blanks of Braille between words": lambda text: "\u2800".join(text.split()),
     "digits for letters": swapped(DIGITS),
+    "symbols for letters": swapped(SYMBOLS),
     "spaces between letters": " ".join,
 }
 

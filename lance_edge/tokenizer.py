@@ -17,7 +17,7 @@ from tokenizers import Encoding
 from tokenizers import Tokenizer as HFTokenizer
 
 from lance_edge.errors import BundleError, InvalidPrompt
-from lance_edge.spelling import meant
+from lance_edge.spelling import spellings
 
 IntArray = npt.NDArray[np.int64]
 
@@ -63,18 +63,17 @@ class Tokenizer:
     def encode(self, text: str) -> list[Window]:
         """The prompt's windows, in order; one if the prompt is short.
 
-        Those of the text as it stands, then, if words in it are spelled with digits or gaps, those of the
-        text as it may be meant; only these where most of its letters stand alone. All offsets are into the
-        text as it stands.
+        Those of each way to read it, if words in it are spelled with digits, symbols or gaps; all offsets are
+        into the text as it stands.
 
         Raises InvalidPrompt if the text is blank or not valid Unicode.
         """
         check_text(text)
-        read = meant(text)
-        if read is None:
-            return self._windows(text)
-        windows = [] if read.apart else self._windows(text)
-        return windows + [_placed(window, read.places) for window in self._windows(read.text)]
+        return [
+            window if spelling.places is None else _placed(window, spelling.places)
+            for spelling in spellings(text)
+            for window in self._windows(spelling.text)
+        ]
 
     def known_words(self, text: str) -> tuple[int, int]:
         """How many words of a text's first window are one token, and how many there are.
