@@ -1,4 +1,4 @@
-"""Does a prompt stay flagged in other letters? `python benchmarks/disguises.py --data DIR`.
+"""Does a prompt stay flagged in other letters, or mistyped? `python benchmarks/disguises.py --data DIR`.
 
 Of the held-out refinement records: those that are flagged as they stand, and those to keep that are not,
 each in the same disguises.
@@ -6,6 +6,8 @@ each in the same disguises.
 
 from __future__ import annotations
 
+import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +17,7 @@ from environment import environment, save
 
 import lance_edge
 from lance_edge_training.data import split_rows
+from lance_edge_training.typos import typo
 
 CYRILLIC = dict(zip("aceiopsxyABCEHIKMOPTX", "асеіорѕхуАВСЕНІКМОРТХ", strict=True))  # noqa: RUF001
 DIGITS = dict(zip("aeios", "43105", strict=True))
@@ -32,6 +35,20 @@ def swapped(letters: dict[str, str]) -> Callable[[str], str]:
     return lambda text: text.translate(str.maketrans(letters))
 
 
+def typed_badly(rate: float) -> Callable[[str], str]:
+    """A share of the words of four letters and more with one typo."""
+
+    def typed(text: str) -> str:
+        rng = random.Random(text)
+        return re.sub(
+            r"[A-Za-z]{4,}",
+            lambda match: typo(match[0], rng) if rng.random() < rate else match[0],
+            text,
+        )
+
+    return typed
+
+
 DISGUISES: dict[str, Callable[[str], str]] = {
     "full-width letters": swapped(shifted(0xFF01, "!", "~")),
     "bold mathematical letters": swapped(shifted(0x1D400, "A", "Z") | shifted(0x1D41A, "a", "z")),
@@ -47,6 +64,8 @@ DISGUISES: dict[str, Callable[[str], str]] = {
     "digits for letters": swapped(DIGITS),
     "symbols for letters": swapped(SYMBOLS),
     "spaces between letters": " ".join,
+    "a typo in one long word of five": typed_badly(0.2),
+    "a typo in each long word": typed_badly(1.0),
 }
 
 
