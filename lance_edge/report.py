@@ -15,6 +15,9 @@ from lance_edge.verdict import Edit, Verdict
 OutputFormat = Literal["table", "json", "jsonl"]
 
 EXCERPT = 60  # characters of a prompt in a table row
+LONGEST_KEPT = (
+    160  # characters of an unchanged stretch among the changes; of longer ones the ends are shown
+)
 COLOURS = {
     "allow": "32",
     "advise": "36",
@@ -107,6 +110,9 @@ class Report:
 
     def _edit(self, edit: Edit) -> str:
         text = printable(re.sub(r"\s", " ", edit.text))
+        if edit.kind == "keep" and len(text) > LONGEST_KEPT:
+            half = LONGEST_KEPT // 2
+            text = f"{text[:half]} … {text[-half:]}"
         if self._colour and edit.kind != "keep":
             return self._paint(text, edit.kind)
         before, after = MARKS[edit.kind]

@@ -587,6 +587,21 @@ def test_the_table_shows_the_rewrite_and_the_changes(
     assert result.stderr == "lance-edge: 2 screened, 1 not allowed, 0 not screened\n"
 
 
+def test_of_long_stretches_that_stay_the_table_shows_the_ends(
+    refine: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Scripted("the cake!").install(monkeypatch)
+    before, behind = "hello now. " * 20, " hello again" * 20
+    result = refine(f"{before}the bomb!{behind}", "--looks", "1")
+    rewrite, changes = result.stdout.splitlines()[-2:]
+    assert rewrite == f"         rewrite: {before}the cake!{behind}"
+    kept = "hello now. hello now. "
+    assert changes.startswith(f"         changes: {kept}")
+    assert " … " in changes
+    assert "now. the [-bomb-]{+cake+}! hello again" in changes
+    assert len(changes) < 400 < len(before + behind)
+
+
 def test_explain_shows_the_gradients(refine: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     Scripted("hello the cake").install(monkeypatch)
     line = f"         - {VIOLENCE}"
