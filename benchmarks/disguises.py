@@ -10,6 +10,7 @@ import random
 import re
 from collections.abc import Callable
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Annotated
 
 import typer
@@ -17,7 +18,6 @@ from environment import environment, save
 
 import lance_edge
 from lance_edge_training.data import split_rows
-from lance_edge_training.typos import typo
 
 CYRILLIC = dict(zip("aceiopsxyABCEHIKMOPTX", "асеіорѕхуАВСЕНІКМОРТХ", strict=True))  # noqa: RUF001
 DIGITS = dict(zip("aeios", "43105", strict=True))
@@ -33,6 +33,20 @@ def shifted(start: int, first: str, last: str) -> dict[str, str]:
 def swapped(letters: dict[str, str]) -> Callable[[str], str]:
     """Each letter by another."""
     return lambda text: text.translate(str.maketrans(letters))
+
+
+def typo(word: str, rng: random.Random) -> str:
+    """The word with one slip behind its first letter: two letters in the wrong order, one left out, one
+    typed twice, or another in its place."""
+    at = rng.randrange(1, len(word) - 1)
+    before, letter, after = word[:at], word[at], word[at + 1 :]
+    slips = (
+        before + after[0] + letter + after[1:],
+        before + after,
+        before + letter + letter + after,
+        before + rng.choice(ascii_lowercase) + after,
+    )
+    return rng.choice(slips)
 
 
 def typed_badly(rate: float) -> Callable[[str], str]:

@@ -37,7 +37,6 @@ from lance_edge_training.data import (
 from lance_edge_training.model import Enhancer, HeadKind, Screener
 from lance_edge_training.objective import Weights, plain_terms, total, variational_terms
 from lance_edge_training.schedule import warm_then_linear
-from lance_edge_training.typos import with_typos
 from lance_edge_training.usage import usage_errors
 
 DEFAULT_TAXONOMY = Path(__file__).with_name("default_taxonomy.json")
@@ -54,7 +53,6 @@ class Settings:
     tokens_per_batch: int = 2048
     easy_share: float = 0.25  # of the coarse benign rows, in each epoch
     strung_share: float = 0.0  # of the rows dealt, once more between harmless ones
-    typo_share: float = 0.0  # of the rows, mistyped
     encoder_rate: float = 1.5e-4
     head_rate: float = 1e-3
     warmup: float = 0.06  # share of all steps
@@ -197,7 +195,7 @@ def dealt_examples(
         examples = [binarise(example, categories) for example in examples]
     if settings.rows is not None and settings.rows < len(examples):
         examples = random.Random(settings.seed).sample(examples, settings.rows)
-    return with_typos(examples, settings.typo_share, settings.seed)
+    return examples
 
 
 def has_bf16(device: str) -> bool:
@@ -230,9 +228,6 @@ def main(
             help="Of the rows dealt, dealt once more strung between harmless ones.",
         ),
     ] = Settings.strung_share,
-    typo_share: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Of the rows, read as people mistype them.")
-    ] = Settings.typo_share,
     encoder_rate: Annotated[
         float, typer.Option(min=0.0, help="Highest learning rate of the encoder.")
     ] = Settings.encoder_rate,
@@ -253,7 +248,6 @@ def main(
         rows=rows,
         easy_share=easy_share,
         strung_share=strung_share,
-        typo_share=typo_share,
         encoder_rate=encoder_rate,
         seed=seed,
     )
