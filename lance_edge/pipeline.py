@@ -27,7 +27,7 @@ from lance_edge.refiner import Reading, Refiner, Rewrite
 from lance_edge.repair import Repair, diff, objections, repair, repair_passages
 from lance_edge.screener import FloatArray, Labels, Screener, both_looks
 from lance_edge.spans import hazard_spans
-from lance_edge.tokenizer import Tokenizer, Window
+from lance_edge.tokenizer import Tokenizer, Window, readable
 from lance_edge.verdict import Decision, Gradient, RefineStep, Timings, Verdict
 from lance_edge_engines import BACKENDS, SessionError
 
@@ -288,7 +288,7 @@ class Pipeline:
         none if that is the whole prompt, or too many."""
         to_change = {item.category for item in self._to_change(verdict)}
         spans = [span for span in verdict.spans if span.category in to_change]
-        parts = sentences(prompt)
+        parts = [(start, end) for start, end in sentences(prompt) if readable(prompt[start:end])]
         if len(parts) < 2:
             return []
         suspects = carrying(parts, spans)

@@ -243,3 +243,14 @@ def test_many_passages_are_not_rewritten_one_by_one(refiner_bundle: Path) -> Non
         many = guard.refine(" ".join(passages))
     assert (few.decision, len(few.steps)) == ("rewrite", 8)
     assert (many.decision, many.steps) == ("block", ())
+
+
+def test_a_line_that_nobody_sees_within_a_span_is_no_passage(refiner_bundle: Path) -> None:
+    def rewrite(text: str, _: str) -> str:
+        return text.replace("bomb", "cake").replace("kill", "cake")
+
+    with guard_that_writes(refiner_bundle, rewrite) as guard:
+        (span,) = guard.screen("hello. the bomb\n\u200b\nkill").spans
+        assert (span.start, span.end) == (11, 22)  # over all three lines
+        verdict = guard.refine("hello. the bomb\n\u200b\nkill")
+    assert verdict.refined == "hello. the cake\n\u200b\ncake"
