@@ -493,13 +493,13 @@ def version() -> int:
 
 def each_verdict(
     pipeline: Pipeline,
-    judge: Callable[[Sequence[Prompt]], list[Verdict]],
+    judge: Callable[[Sequence[Prompt]], Iterable[Verdict]],
     items: Iterator[Item],
     report: Report,
     batch: int,
     quiet: bool,
 ) -> dict[str, int]:
-    """Judge items in order, write each as soon as its batch is done, and count what came of them.
+    """Judge items in order, write each as soon as it is judged, and count what came of them.
 
     What is written is whole, also if it ends early for an interrupt or a model that fails.
     """
@@ -526,7 +526,7 @@ def each_verdict(
 
 def _each_of(
     pipeline: Pipeline,
-    judge: Callable[[Sequence[Prompt]], list[Verdict]],
+    judge: Callable[[Sequence[Prompt]], Iterable[Verdict]],
     chunk: Sequence[Item],
     report: Report,
     progress: Progress,
@@ -544,6 +544,9 @@ def _each_of(
         report.verdict(item, verdict)
         counts["screened"] += 1
         counts["not allowed"] += verdict.decision != "allow"
+        if verdict.steps:  # which took its time
+            report.flush()
+            progress.update(counts["screened"], counts["not allowed"], counts["failed"])
     report.flush()
     progress.update(counts["screened"], counts["not allowed"], counts["failed"])
 

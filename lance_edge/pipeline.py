@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from lance_edge.repair import Repair, diff, objections, repair, repair_passages
 from lance_edge.screener import FloatArray, Labels, Screener, both_looks
 from lance_edge.spans import hazard_spans
 from lance_edge.tokenizer import Tokenizer, Window, readable
-from lance_edge.verdict import Decision, Gradient, RefineStep, Timings, Verdict
+from lance_edge.verdict import Decision, Gradient, Timings, Verdict
 from lance_edge_engines import BACKENDS, SessionError
 
 if TYPE_CHECKING:
@@ -141,11 +141,11 @@ class Pipeline:
         the policy's `other_language`).
         Raises InvalidPrompt as `screen` does; BundleError or RefinerMissing without a refiner.
         """
-        return self.repair([self.encode(text)])[0]
+        return next(self.repair([self.encode(text)]))
 
     def refine_many(self, texts: Iterable[str]) -> list[Verdict]:
         """What `refine` says of each prompt, in order. Raises InvalidPrompt, which names the index."""
-        return self.repair(self._encode_all(texts))
+        return list(self.repair(self._encode_all(texts)))
 
     def encode(self, text: str) -> Prompt:
         """Check and tokenise a prompt. Raises InvalidPrompt."""
@@ -162,10 +162,10 @@ class Pipeline:
         """The verdicts on encoded prompts, in order."""
         return [self._verdict(self._look_again(judged)) for judged in self._first_looks(prompts)]
 
-    def repair(self, prompts: Sequence[Prompt]) -> list[Verdict]:
-        """The verdicts on encoded prompts, in order, with rewrites."""
-        refiner = self.refiner
-        return [self._repaired(judged, refiner) for judged in self._first_looks(prompts)]
+    def repair(self, prompts: Sequence[Prompt]) -> Iterator[Verdict]:
+        """The verdicts on encoded prompts, in order, with rewrites: each as soon as it is there."""
+        refiner, looks = self.refiner, self._first_looks(prompts)
+        return (self._repaired(judged, refiner) for judged in looks)
 
     def close(self) -> None:
         """Free the models' memory."""
@@ -268,20 +268,22 @@ class Pipeline:
             wrong = problem(prompt, text, True, to_change, is_control, refiner.least_kept)
             return wrong or objections(self._left_to_change, text)[0]
 
-        tried: tuple[RefineStep, ...] = ()
+        tried = Repair(None, (), None)
         if places := self._hazardous_passages(prompt, verdict):
-            done = repair_passages(prompt, places, repair_alone=repair_alone, wrong_with=wrong_with)
-            if done.refined is not None:
-                return done
-            tried = done.steps
-        if not refiner.fits(prompt):
-            reason = (
-                f"the refiner reads {refiner.prompt_tokens} tokens and the prompt has "
-                f"{refiner.tokenizer.count(prompt)}"
+            tried = repair_passages(
+                prompt, places, repair_alone=repair_alone, wrong_with=wrong_with
             )
-            return Repair(None, tried, reason)
-        whole = self._repair_text(judged, to_change, refiner)
-        return replace(whole, steps=(*tried, *whole.steps))
+        if tried.refined is not None:
+            return tried
+        if refiner.fits(prompt):
+            whole = self._repair_text(judged, to_change, refiner)
+            return replace(whole, steps=(*tried.steps, *whole.steps))
+        too_long = (
+            f"the refiner reads {refiner.prompt_tokens} tokens and the prompt has "
+            f"{refiner.tokenizer.count(prompt)}"
+        )
+        reasons = filter(None, (tried.reason, too_long))
+        return replace(tried, reason="; and as a whole, ".join(reasons))
 
     def _hazardous_passages(self, prompt: str, verdict: Verdict) -> list[Range]:
         """The sentences that carry what is to change and are flagged for it alone, neighbours joined;

@@ -120,21 +120,23 @@ def repair_passages(
     for start, end in places:
         done = repair_alone(prompt[start:end])
         if done is None or done.refined is None:
-            tried = () if done is None else done.steps
-            return _given_up((*steps, *tried), "another passage was not repaired")
+            tried, why = ((), "it may not be") if done is None else (done.steps, done.reason)
+            reason = f"a passage could not be rewritten by itself: {why}"
+            return _given_up((*steps, *tried), "another passage was not repaired", reason)
         steps += done.steps
         pieces += [prompt[behind:start], done.refined]
         behind = end
     refined = "".join([*pieces, prompt[behind:]])
     if wrong := wrong_with(refined):
-        return _given_up(steps, f"the prompt with it: {wrong}")
+        reason = f"the prompt with its passages rewritten was not accepted: {wrong}"
+        return _given_up(steps, f"the prompt with it: {wrong}", reason)
     return Repair(refined, steps, None)
 
 
-def _given_up(steps: Sequence[RefineStep], why: str) -> Repair:
+def _given_up(steps: Sequence[RefineStep], problem: str, reason: str) -> Repair:
     """Rewrites of passages that are not given back, whatever each of them is worth."""
-    refused = (step if step.problem else replace(step, problem=why) for step in steps)
-    return Repair(None, tuple(refused), why)
+    refused = (step if step.problem else replace(step, problem=problem) for step in steps)
+    return Repair(None, tuple(refused), reason)
 
 
 def objections(

@@ -66,7 +66,7 @@ class TritonPythonModel:
             if not places:  # `repair` would load the refiner for nothing
                 continue
             try:
-                found = judge([asked[index][row].prompt for index, row in places])
+                found = list(judge([asked[index][row].prompt for index, row in places]))
             except (lance_edge.LanceError, SessionError) as error:
                 errors |= {index: pb_utils.TritonError(str(error)) for index, _ in places}
                 continue

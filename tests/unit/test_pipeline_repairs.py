@@ -207,13 +207,18 @@ def test_a_prompt_longer_than_the_refiner_reads_is_repaired_in_its_passages(
     refiner_bundle: Path,
 ) -> None:
     harmless = "hello the cake. " * 9
+    stuck_prompt = f"{harmless}the bomb kill. hello"
     with guard_that_writes(refiner_bundle, without_bombs) as guard:
         assert not guard.refiner.fits(harmless)
         verdict = guard.refine(f"{harmless}the bomb. hello")
-        stuck = guard.refine(f"{harmless}the bomb kill. hello")
+        stuck = guard.refine(stuck_prompt)
     assert (verdict.decision, verdict.refined) == ("rewrite", f"{harmless}the cake. hello")
     assert (stuck.decision, stuck.refined) == ("block", None)
-    assert stuck.reason is not None and stuck.reason.startswith("the refiner reads 96 tokens")
+    assert stuck.reason is not None
+    assert stuck.reason.startswith(
+        "a passage could not be rewritten by itself: the rewrite was not accepted: "
+    )
+    assert "; and as a whole, the refiner reads 96 tokens and the prompt has " in stuck.reason
     assert stuck.steps[0].source == "the bomb kill."
     assert all(step.problem is not None for step in stuck.steps)
 

@@ -633,6 +633,23 @@ def test_a_rewrite_cannot_steer_the_terminal(
     assert len(result.stdout.splitlines()) == 5
 
 
+def test_what_is_judged_is_written_before_the_rest_of_its_batch(
+    refine: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rewritten: list[str] = []
+
+    def rewrite(refiner: Refiner, reading: Reading, critique: str) -> Rewrite:
+        if rewritten:
+            raise KeyboardInterrupt
+        rewritten.append(critique)
+        return Rewrite((1,), "the cake", True, -1.0, 1, 0, 0, 0.5)
+
+    monkeypatch.setattr(Refiner, "rewrite", rewrite)
+    result = refine(FLAGGED, "hello", FLAGGED, "hello", "--looks", "1", "--format", "jsonl")
+    assert [record["decision"] for record in records(result.stdout)] == ["rewrite", "allow"]
+    assert (result.exit_code, result.stderr) == (130, "lance-edge: interrupted\n")
+
+
 def test_json_lines_are_what_the_api_says(
     refine: Invoke, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
