@@ -84,7 +84,8 @@ class CloseReading:
     overlap   tokens that neighbouring ones share
     low       severity of any category, 0..1, from which on it is read again
     high      and from which on it need not be: that category is clear, if it is flagged too
-    discount  what narrow windows' severities lose, as logits: they see less around a word
+    discount  what severities lose, as logits: those of narrow windows, as they see less around a word; and
+              of the category of a wide one that is neither clear nor flagged in any of its narrow ones
 
     Raises BundleError for values that cannot be.
     """

@@ -79,6 +79,7 @@ class Screener:
         self._close = close
         if thresholds is None:
             thresholds = np.array([item.threshold for item in calibration])
+        self._thresholds = thresholds
         self._clear = np.maximum(thresholds, close.high) if close else thresholds
         self._slope = np.array([item.slope for item in calibration])
         self._intercept = np.array([item.intercept for item in calibration])
@@ -105,11 +106,13 @@ class Screener:
         """
         wide = self._score_windows([window for windows in prompts for window in windows])
         closer = [self._read_again(labels) for labels in wide]
-        narrow = iter(self._score_windows([window for windows in closer for window in windows]))
+        scored = iter(self._score_windows([window for windows in closer for window in windows]))
+        narrow = [[next(scored) for _ in windows] for windows in closer]
+        wide = [self._confirmed(*pair) for pair in zip(wide, narrow, strict=True)]
         labels, start = [], 0
         for windows in prompts:
             end = start + len(windows)
-            again = [self._discounted(next(narrow)) for found in closer[start:end] for _ in found]
+            again = [self._discounted(found) for several in narrow[start:end] for found in several]
             labels.append(_combine([*wide[start:end], *again]))
             start = end
         return labels
@@ -146,8 +149,22 @@ class Screener:
             return []
         return narrowed(labels.window, close.window, close.overlap)
 
+    def _confirmed(self, labels: WindowLabels, narrow: Sequence[WindowLabels]) -> WindowLabels:
+        """What a window says of a category, unless it is clear, counts a little less where none of its
+        narrower ones flags it: much harmless text can add up."""
+        if not narrow:
+            return labels
+        highest = np.max([again.severity for again in narrow], axis=0)
+        doubtful = (labels.severity < self._clear) & (highest < self._thresholds)
+        less = self._discounted(labels)
+        return replace(
+            labels,
+            severity=np.where(doubtful, less.severity, labels.severity),
+            deviation=np.where(doubtful, less.deviation, labels.deviation),
+        )
+
     def _discounted(self, labels: WindowLabels) -> WindowLabels:
-        """What a narrow window says counts a little less: it sees less around a word."""
+        """The labels less the discount: a narrow window sees less around a word."""
         assert self._close is not None
         severity = sigmoid(logit(labels.severity) - self._close.discount)
         before = np.clip(labels.severity * (1 - labels.severity), 1e-12, None)

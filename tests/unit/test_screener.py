@@ -242,6 +242,36 @@ def test_a_window_that_is_clear_or_narrow_is_read_once(found: Window) -> None:
     assert labels.severity == plain.severity
 
 
+def adding_up() -> FakeSession:
+    """A screener whose one severity is a twentieth for each 7 that it reads."""
+    inner = diluting([])
+
+    def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        outputs = inner.run(inputs)
+        severity = np.clip((inputs["ids"] == 7).sum(1, keepdims=True) / 20, 0.01, 0.99)
+        outputs["mean"] = np.log(severity / (1 - severity)).astype(np.float32)
+        return outputs
+
+    return FakeSession(run, outputs=inner.outputs)
+
+
+@pytest.mark.parametrize(
+    ("sevens_at", "threshold", "expected"),
+    [
+        (slice(0, 40, 5), 0.3, 1 / (1 + 0.6 / 0.4 * math.e)),  # 8 in all, at most 2 in a narrow one
+        (slice(0, 40, 5), 0.1, 0.4),  # which is enough for another threshold
+        (slice(16, 24), 0.3, 0.4),  # side by side: a narrow one flags them
+        (slice(0, 40, 4), 0.3, 0.5),  # clear
+    ],
+)
+def test_what_adds_up_over_a_window_is_doubted_unless_it_is_clear(
+    sevens_at: slice, threshold: float, expected: float
+) -> None:
+    reader = screener.Screener(adding_up(), [Calibration(1, 0, threshold)], CLOSE)
+    (labels,) = reader.score([[sevens(sevens_at, 40)]])
+    assert labels.severity == pytest.approx([expected], abs=0.01)
+
+
 def test_each_prompt_has_its_own_windows_read_again() -> None:
     reader = screener.Screener(diluting([]), [Calibration(1, 0, 0.5)], CLOSE)
     open_, clear = sevens(slice(19, 27), 40), sevens(slice(0, 0), 40)
