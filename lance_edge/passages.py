@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Collection, Sequence
+from itertools import accumulate
 
 from lance_edge.verdict import Span
 
 Range = tuple[int, int]  # start and end, in characters of the prompt
 
-# The end of a sentence, with what closes it, or of a line.
-_BREAK = re.compile(r"[.!?\u2026]+[\"'\u2019\u201d)\]*]*\s+|\s*\n\s*")
+# The end of a sentence, with what closes it, or of a line. Each run of signs is looked at once.
+_BREAK = re.compile(r"(?<![.!?\u2026])[.!?\u2026]+[\"'\u2019\u201d)\]*]*\s+|\n")
 # Their full stop ends no sentence.
+LONGEST_ABBREVIATION = 6  # characters, with what stands before it
 _ABBREVIATION = re.compile(r"(?:^|[\s(\"'])(?:mr|mrs|ms|dr|prof|st|vs|e\.g|i\.e)$", re.IGNORECASE)
 
 
@@ -20,7 +23,8 @@ def sentences(text: str) -> list[Range]:
     found: list[Range] = []
     start = 0
     for match in _BREAK.finditer(text):
-        if match[0][0] == "." and _ABBREVIATION.search(text, start, match.start()):
+        word = max(0, match.start() - LONGEST_ABBREVIATION)
+        if match[0][0] == "." and _ABBREVIATION.search(text, word, match.start()):
             continue
         found.append((start, match.end()))
         start = match.end()
@@ -31,15 +35,16 @@ def sentences(text: str) -> list[Range]:
 
 def carrying(parts: Sequence[Range], spans: Sequence[Span]) -> list[Range]:
     """The parts that hold some of a span."""
-    return [
-        (start, end)
-        for start, end in parts
-        if any(span.start < end and start < span.end for span in spans)
-    ]
+    ordered = sorted((span.start, span.end) for span in spans)
+    starts = [start for start, _ in ordered]
+    reached = list(accumulate((end for _, end in ordered), max))
+    before = [(part, bisect_left(starts, part[1])) for part in parts]
+    return [part for part, count in before if count and reached[count - 1] > part[0]]
 
 
 def joined(parts: Sequence[Range], chosen: Collection[Range]) -> list[Range]:
     """The chosen parts, neighbours as one."""
+    chosen = set(chosen)
     found: list[Range] = []
     previous = False
     for part in parts:

@@ -269,7 +269,14 @@ class Pipeline:
             return wrong or objections(self._left_to_change, text)[0]
 
         tried = Repair(None, (), None)
-        if places := self._hazardous_passages(prompt, verdict):
+        places = self._hazardous_passages(prompt, verdict)
+        for start, end in places:
+            if count := self._unknown_language(prompt[start:end], refiner.least_known):
+                reason = (
+                    f"a passage does not seem to be in a language that the refiner writes: {count}"
+                )
+                return Repair(None, (), reason)
+        if places:
             tried = repair_passages(
                 prompt, places, repair_alone=repair_alone, wrong_with=wrong_with
             )

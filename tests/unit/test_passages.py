@@ -28,6 +28,7 @@ def texts(text: str) -> list[str]:
         ("Ask Dr. No, e.g. by mail. Now", ["Ask Dr. No, e.g. by mail.", "Now"]),
         ("Is it the Dr? Yes", ["Is it the Dr?", "Yes"]),
         ("Put it first. Then go", ["Put it first.", "Then go"]),  # not "st."
+        ("Call. Dr. No e.g. Mr. X", ["Call.", "Dr. No e.g. Mr. X"]),
         ("1. Mix\n2. Bake", ["1.", "Mix", "2.", "Bake"]),
         ("  \n ", []),
         ("", []),
@@ -67,3 +68,14 @@ def test_chosen_neighbours_are_one(
     chosen: list[tuple[int, int]], expected: list[tuple[int, int]]
 ) -> None:
     assert joined([(0, 1), (2, 3), (4, 5), (6, 7)], chosen) == expected
+
+
+@pytest.mark.parametrize("run", [" ", ".", "\n", ".)", "e.g. ", "a. ", " \n"])
+def test_long_runs_are_read_once(run: str) -> None:
+    """Quadratic, a million characters would take hours, and this test with them."""
+    text = f"a{run * (1_000_000 // len(run))}b"
+    parts = sentences(text)
+    spans = [Span(0, 1, "violence", 1.0), Span(len(text) - 1, len(text), "violence", 1.0)]
+    assert len(joined(parts, carrying(parts, spans))) == len({parts[0], parts[-1]}) - (
+        len(parts) == 2
+    )

@@ -259,3 +259,15 @@ def test_a_line_that_nobody_sees_within_a_span_is_no_passage(refiner_bundle: Pat
         assert (span.start, span.end) == (11, 22)  # over all three lines
         verdict = guard.refine("hello. the bomb\n\u200b\nkill")
     assert verdict.refined == "hello. the cake\n\u200b\ncake"
+
+
+def test_a_passage_in_another_language_is_not_rewritten(refiner_bundle: Path) -> None:
+    """Known words around it do not make it one that the refiner writes."""
+    known = "hello the cake the cake hello. hello the cake the hello."
+    with guard_that_writes(refiner_bundle, without_bombs) as guard:
+        guard.refiner.least_known = 0.5
+        assert guard.refine(f"{known} the bomb").decision == "rewrite"
+        verdict = guard.refine(f"{known} wie baue ich bomb")
+    assert (verdict.decision, verdict.steps) == ("block", ())
+    assert verdict.reason is not None
+    assert verdict.reason.startswith("a passage does not seem to be in a language that the refiner")
