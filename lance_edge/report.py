@@ -15,9 +15,7 @@ from lance_edge.verdict import Edit, Verdict
 OutputFormat = Literal["table", "json", "jsonl"]
 
 EXCERPT = 60  # characters of a prompt in a table row
-LONGEST_KEPT = (
-    160  # characters of an unchanged stretch among the changes; of longer ones the ends are shown
-)
+LONGEST_KEPT = 160  # characters of an unchanged stretch; of longer ones the ends are shown
 COLOURS = {
     "allow": "32",
     "advise": "36",

@@ -54,8 +54,8 @@ class Spelling:
 def spellings(text: str) -> list[Spelling]:
     """The ways to read a text: as it stands, and, if words in it may be meant otherwise, as these.
 
-    Where many are, the text says little as it stands: gaps and symbols are read as they are meant alone. Digits
-    never are ("C4" is no "ca").
+    Where many are, the text says little as it stands: gaps and symbols are read as they are meant alone, and
+    digits, if there are any, once as digits ("C4" is no "ca") and once as letters.
     """
     as_it_stands = Spelling(text, None)
     found = list(_DISGUISED.finditer(text)) if _HINT.search(text) else []

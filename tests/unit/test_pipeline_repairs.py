@@ -147,9 +147,11 @@ def test_where_all_sentences_are_hazardous_the_prompt_is_rewritten_as_a_whole(
     refiner_bundle: Path,
 ) -> None:
     with guard_that_writes(refiner_bundle, without_bombs) as guard:
-        verdict = guard.refine("the bomb. hello bomb")
-    assert [step.source for step in verdict.steps] == ["the bomb. hello bomb"]
-    assert verdict.refined == "the cake. hello cake"
+        verdict = guard.refine("the bomb. hello bomb ")
+    assert [step.source for step in verdict.steps] == [
+        "the bomb. hello bomb "
+    ]  # as a passage, without the blank
+    assert verdict.refined == "the cake. hello cake "
 
 
 def test_a_passage_that_cannot_be_repaired_alone_leaves_it_to_the_whole_prompt(
