@@ -55,7 +55,7 @@ def main(
     with lance_edge.load(bundle, "cpu", looks=looks) as guard:  # type: ignore[arg-type]
         verdicts = [guard.refine(record["prompt"]) for record in tqdm(records, mininterval=10)]
         pairs = list(zip(records, verdicts, strict=True))
-        chosen = compared(pairs)
+        chosen = [pair for pair in compared(pairs) if guard.refiner.fits(pair[0]["prompt"])]
         told, blank = [
             [rewritten(guard, verdict, record["prompt"], critical) for record, verdict in chosen]
             for critical in (True, False)
@@ -105,7 +105,7 @@ def rewrites(pairs: Pairs) -> dict[str, Any]:
         "records": len(wanted),
         "flagged": float(np.mean([bool(v.flagged) for _, v in wanted])),
         "accepted": len(accepted) / len(wanted),
-        "accepted_within_two_steps": sum(len(v.steps) <= 2 for v in accepted) / len(wanted),
+        "accepted_within_two_steps": sum(most_steps(v) <= 2 for v in accepted) / len(wanted),
         "accepted_of_flagged_rewrites": float(
             np.mean([v.refined is not None for _, v in wanted if v.steps])
         ),
@@ -125,6 +125,16 @@ def rewrites(pairs: Pairs) -> dict[str, Any]:
             for r, v in wanted
         ),
     }
+
+
+def most_steps(verdict: Verdict) -> int:
+    """How often the prompt, or the passage that took most, was rewritten."""
+    most = count = 0
+    goes_on: tuple[str, ...] = ()  # what a further step of the same text may rewrite
+    for step in verdict.steps:
+        count = count + 1 if step.source in goes_on else 1
+        most, goes_on = max(most, count), (step.source, step.text)
+    return most
 
 
 def surely(verdict: Verdict, least: float) -> bool:

@@ -35,28 +35,40 @@ def problem(
     is_control: Callable[[str], bool],
     least_kept: float,
 ) -> str | None:
-    """Why a text cannot stand for the prompt, whatever the screener says of it; None if it can.
+    """Why what the refiner wrote cannot stand for the prompt, whatever the screener says of it; None if
+    it can.
 
     ended       whether the rewrite came to an end by itself
     is_control  whether a text spells out a token of the prompt template
     least_kept  share of the words outside the gradients' elements that it must keep, in order
     """
-    if not readable(rewrite):
-        return "it is empty"
     if not ended:
         return "it is too long"
-    if is_control(rewrite):
-        return "it carries tokens of the prompt template"
     if phrase := repeated(rewrite, prompt):
         return f"it repeats {phrase!r}"
     if BROKEN in rewrite and BROKEN not in prompt:
         return "it holds half a character"
-    if refuses(rewrite) and not refuses(prompt):
+    return unfit(prompt, rewrite, gradients, is_control, least_kept)
+
+
+def unfit(
+    prompt: str,
+    text: str,
+    gradients: Sequence[Gradient],
+    is_control: Callable[[str], bool],
+    least_kept: float,
+) -> str | None:
+    """Why a text cannot stand for the prompt, whoever wrote it; None if it can. Terms as in `problem`."""
+    if not readable(text):
+        return "it is empty"
+    if is_control(text):
+        return "it carries tokens of the prompt template"
+    if refuses(text) and not refuses(prompt):
         return "it refuses instead of rewriting"
-    if rewrite.strip() == prompt.strip():
+    if text.strip() == prompt.strip():
         return UNCHANGED
     outside = words_outside(prompt, [word for item in gradients for word in item.elements])
-    if len(outside) >= FEWEST_WORDS and kept_in_order(outside, words(rewrite)) < least_kept:
+    if len(outside) >= FEWEST_WORDS and kept_in_order(outside, words(text)) < least_kept:
         return "it loses harmless parts of the prompt"
     return None
 

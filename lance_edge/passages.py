@@ -7,6 +7,7 @@ from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from itertools import accumulate
 
+from lance_edge.tokenizer import readable
 from lance_edge.verdict import Span
 
 Range = tuple[int, int]  # start and end, in characters of the prompt
@@ -31,6 +32,12 @@ def sentences(text: str) -> list[Range]:
     found.append((start, len(text)))
     stripped = (_stripped(text, *item) for item in found)
     return [(start, end) for start, end in stripped if start < end]
+
+
+def apart(text: str) -> list[Range]:
+    """The sentences that can be read by themselves; none if it is but one."""
+    found = [(start, end) for start, end in sentences(text) if readable(text[start:end])]
+    return found if len(found) > 1 else []
 
 
 def carrying(parts: Sequence[Range], spans: Sequence[Span]) -> list[Range]:

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -14,21 +14,20 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import numpy as np
 
-from lance_edge.acceptance import problem
 from lance_edge.bundle import Bundle, RefinerSpec, open_bundle
 from lance_edge.decoder import Decoder
 from lance_edge.errors import BundleError, InvalidOption, InvalidPrompt, LanceError
 from lance_edge.gradient import critique, gradients, widened
 from lance_edge.graphs import Graphs, open_graphs
 from lance_edge.language import LanguageTokenizer
-from lance_edge.passages import Range, carrying, joined, sentences
+from lance_edge.passages import Range, apart, carrying, joined
 from lance_edge.policy import STRENGTH, Policy, check_whole, policy
 from lance_edge.refiner import Reading, Refiner, Rewrite
-from lance_edge.repair import Repair, diff, objections, repair, repair_passages
+from lance_edge.repair import Passage, Repair, diff, repair, repair_passages
 from lance_edge.screener import FloatArray, Labels, Screener, both_looks
 from lance_edge.spans import hazard_spans
-from lance_edge.tokenizer import Tokenizer, Window, readable
-from lance_edge.verdict import Decision, Gradient, Timings, Verdict
+from lance_edge.tokenizer import Tokenizer, Window
+from lance_edge.verdict import Decision, Gradient, RefineStep, Span, Timings, Verdict
 from lance_edge_engines import BACKENDS, SessionError
 
 if TYPE_CHECKING:
@@ -38,7 +37,6 @@ Looks = Literal["1", "2", "auto"]
 T = TypeVar("T")
 
 MAX_CHARS = 1_000_000
-MOST_PASSAGES = 8  # of a prompt that are rewritten one by one
 FEWEST_JUDGED = 3  # words from which on a prompt is asked for its language
 
 
@@ -55,11 +53,13 @@ class Prompt:
 class Judged:
     """A prompt with all that the looks say of it.
 
-    reading  the second look's cache; None if there was none
+    sentences  what the first look says of each by itself, if the prompt is flagged and has several
+    reading    the second look's cache; None if there was none
     """
 
     prompt: Prompt
     labels: Labels
+    sentences: Mapping[Range, Labels] = field(default_factory=dict)
     reading: Reading | None = None
 
 
@@ -196,8 +196,19 @@ class Pipeline:
         return prompts
 
     def _first_looks(self, prompts: Sequence[Prompt]) -> list[Judged]:
+        """What the screener says of prompts."""
         labels = self.screener.score([prompt.windows for prompt in prompts])
-        return [Judged(prompt, item) for prompt, item in zip(prompts, labels, strict=True)]
+        return [self._by_sentence(*pair) for pair in zip(prompts, labels, strict=True)]
+
+    def _by_sentence(self, prompt: Prompt, whole: Labels) -> Judged:
+        """What the screener says of a prompt as a whole, and, if it is flagged, of each of its sentences."""
+        places = apart(prompt.text) if self.policy.flagged(whole.severity) else []
+        if not places:
+            return Judged(prompt, whole)
+        windows = [self.tokenizer.encode_part(prompt.text, *place) for place in places]
+        found = dict(zip(places, self.screener.score(windows), strict=True))
+        labels = self.screener.with_sentences(whole, [*found.values()])
+        return Judged(prompt, labels, found)
 
     def _read(self, text: str) -> Judged:
         """What the looks say of a text."""
@@ -217,7 +228,7 @@ class Pipeline:
             return judged
         reading = self.refiner.read(judged.prompt.text)
         labels = both_looks(judged.labels, reading.mean, reading.deviation, look.share)
-        return Judged(judged.prompt, labels, reading)
+        return replace(judged, labels=labels, reading=reading)
 
     def _repaired(self, judged: Judged, refiner: Refiner) -> Verdict:
         try:
@@ -239,7 +250,7 @@ class Pipeline:
             reason = f"it does not seem to be in a language that the refiner writes: {count}"
             return replace(verdict, decision=self.policy.unrepaired, reason=reason)
         started = time.perf_counter()
-        done = self._repair_prompt(judged, verdict, refiner)
+        done = self._repair_prompt(judged, refiner)
         refine_ms = (time.perf_counter() - started) * 1000
         return replace(
             verdict,
@@ -252,69 +263,104 @@ class Pipeline:
             timings=replace(verdict.timings, refine_ms=refine_ms),
         )
 
-    def _repair_prompt(self, judged: Judged, verdict: Verdict, refiner: Refiner) -> Repair:
-        """Rewrites the passages that carry the hazard; where that does not do, the prompt as a whole."""
-        prompt, to_change = judged.prompt.text, self._to_change(verdict)
-
-        def repair_alone(passage: str) -> Repair | None:
-            read = self._read(passage)
-            alone = self._verdict(read)
-            if alone.decision != "rewrite" or not refiner.fits(passage):
-                return None
-            return self._repair_text(read, self._to_change(alone), refiner)
-
-        def wrong_with(text: str) -> str | None:
-            is_control = refiner.tokenizer.has_control
-            wrong = problem(prompt, text, True, to_change, is_control, refiner.least_kept)
-            return wrong or objections(self._left_to_change, text)[0]
-
-        tried = Repair(None, (), None)
-        places = self._hazardous_passages(prompt, verdict)
-        for start, end in places:
-            if count := self._unknown_language(prompt[start:end], refiner.least_known):
+    def _repair_prompt(self, judged: Judged, refiner: Refiner) -> Repair:
+        """Rewrites the passages that carry the hazard; where that does not do, the prompt as a whole. Where
+        no sentence is hazardous by itself, the other way round: what makes it so is around it."""
+        for passage in self._passages(judged):
+            if count := self._unknown_language(passage.text, refiner.least_known):
                 reason = (
                     f"a passage does not seem to be in a language that the refiner writes: {count}"
                 )
                 return Repair(None, (), reason)
-        if places:
-            tried = repair_passages(
-                prompt, places, repair_alone=repair_alone, wrong_with=wrong_with
-            )
-        if tried.refined is not None:
-            return tried
+        attempts = [self._repair_passages, self._repair_whole]
+        if not any(self._stopped(alone.severity) for alone in judged.sentences.values()):
+            attempts.reverse()
+        steps: list[RefineStep] = []
+        reasons: list[str] = []
+        for attempt in attempts:
+            made = attempt(judged, refiner)
+            steps += made.steps
+            if made.refined is not None:
+                return replace(made, steps=tuple(steps))
+            if made.reason is not None:
+                reasons.append(made.reason)
+        return Repair(None, tuple(steps), "; ".join(reasons))
+
+    def _repair_whole(self, judged: Judged, refiner: Refiner) -> Repair:
+        """Rewrites the prompt, if the refiner can read it."""
+        prompt = judged.prompt.text
         if refiner.fits(prompt):
-            whole = self._repair_text(judged, to_change, refiner)
-            return replace(whole, steps=(*tried.steps, *whole.steps))
-        too_long = (
+            found = self._to_change(prompt, judged.labels)
+            return self._repair_text(prompt, found, refiner, judged.reading)
+        reason = (
             f"the refiner reads {refiner.prompt_tokens} tokens and the prompt has "
             f"{refiner.tokenizer.count(prompt)}"
         )
-        reasons = filter(None, (tried.reason, too_long))
-        return replace(tried, reason="; and as a whole, ".join(reasons))
+        return Repair(None, (), reason)
 
-    def _hazardous_passages(self, prompt: str, verdict: Verdict) -> list[Range]:
-        """The sentences that carry what is to change and are flagged for it alone, neighbours joined;
-        none if that is the whole prompt, or too many."""
-        to_change = {item.category for item in self._to_change(verdict)}
-        spans = [span for span in verdict.spans if span.category in to_change]
-        parts = [(start, end) for start, end in sentences(prompt) if readable(prompt[start:end])]
-        if len(parts) < 2:
+    def _repair_passages(self, judged: Judged, refiner: Refiner) -> Repair:
+        """Rewrites the passages that carry the hazard, each by itself."""
+        latest, count = judged, refiner.tokenizer.count
+        # Of a prompt that is mostly hazard, what is left is better changed with the rest in view.
+        part = sum(count(passage.text) for passage in self._passages(judged))
+        is_lesser = 2 * part < count(judged.prompt.text)
+
+        def judge(text: str) -> tuple[Gradient, ...]:
+            nonlocal latest
+            latest = replace(self._read(text), reading=None)  # which holds a cache
+            return self._to_change(text, latest.labels)
+
+        return repair_passages(
+            judged.prompt.text,
+            passages=lambda _: self._passages(latest),
+            repair_alone=lambda passage: self._repair_text(passage.text, passage.found, refiner),
+            judge=judge,
+            is_control=refiner.tokenizer.has_control,
+            least_kept=refiner.least_kept,
+            count=count,
+            most_tokens=refiner.prompt_tokens,
+            max_rounds=self.policy.max_steps if is_lesser else 1,
+        )
+
+    def _passages(self, judged: Judged) -> list[Passage]:
+        """The sentences that would be stopped if they stood alone, or, if there are none, those that carry
+        what is to change; neighbours as one. None if that is all of them."""
+        text, parts = judged.prompt.text, [*judged.sentences]
+        chosen = [part for part in parts if self._stopped(judged.sentences[part].severity)]
+        if not chosen:
+            chosen = carrying(parts, self._spans(judged, self._stopped(judged.labels.severity)))
+        if len(chosen) == len(parts):
             return []
-        suspects = carrying(parts, spans)
-        looks = self._first_looks([self.encode(prompt[start:end]) for start, end in suspects])
-        hazardous = [
-            part
-            for part, alone in zip(suspects, looks, strict=True)
-            if not to_change.isdisjoint(self.policy.flagged(alone.labels.severity))
+        return [
+            Passage(start, end, text[start:end], self._found_between(start, end, judged))
+            for start, end in joined(parts, chosen)
         ]
-        places = joined(parts, hazardous)
-        return [] if len(hazardous) == len(parts) or len(places) > MOST_PASSAGES else places
 
-    def _repair_text(self, judged: Judged, found: tuple[Gradient, ...], refiner: Refiner) -> Repair:
+    def _found_between(self, start: int, end: int, judged: Judged) -> tuple[Gradient, ...]:
+        """The gradients of sentences: of what they would be stopped for, or else of what the prompt is
+        flagged for, in their words."""
+        inside = [read for part, read in judged.sentences.items() if start <= part[0] < end]
+        windows = tuple(window for read in inside for window in read.windows)
+        severity = np.max([read.severity for read in inside], axis=0)
+        if not self._stopped(severity):
+            severity = judged.labels.severity
+        labels = replace(judged.labels, severity=severity, windows=windows)
+        return self._to_change(judged.prompt.text, labels)
+
+    def _stopped(self, severity: FloatArray) -> list[str]:
+        """The flagged categories that the policy does not let pass  [C]"""
+        return [name for name in self.policy.flagged(severity) if self.policy.stops(name)]
+
+    def _repair_text(
+        self,
+        text: str,
+        found: tuple[Gradient, ...],
+        refiner: Refiner,
+        reading: Reading | None = None,
+    ) -> Repair:
         """Rewrites a text that the refiner can read."""
-        text = judged.prompt.text
         # Of the text in hand alone: each reading holds a cache of keys and values.
-        readings = {text: judged.reading}
+        readings = {text: reading}
 
         def rewrite(text: str, critique: str) -> Rewrite:
             reading = readings.get(text)
@@ -327,7 +373,7 @@ class Pipeline:
             if not refiner.fits(text):
                 raise InvalidPrompt(f"it has more than {refiner.prompt_tokens} tokens")
             again = self._read(text)
-            left = self._to_change(self._verdict(again))
+            left = self._to_change(text, again.labels)
             if left:  # it is the next text to be rewritten
                 readings.clear()
                 readings[text] = again.reading
@@ -366,21 +412,28 @@ class Pipeline:
             return decision, None
         return other, f"it does not seem to be in a language that the screener knows: {count}"
 
-    def _left_to_change(self, text: str) -> tuple[Gradient, ...]:
-        """The gradients of a text that the policy does not let pass. Raises InvalidPrompt."""
-        return self._to_change(self._verdict(self._read(text)))
+    def _gradients(self, text: str, labels: Labels) -> tuple[Gradient, ...]:
+        """One for each flagged category, if the bundle has templates."""
+        if self.templates is None:
+            return ()
+        flagged = self.policy.flagged(labels.severity)
+        return gradients(text, labels, flagged, self.policy.categories, self.templates)
 
-    def _to_change(self, verdict: Verdict) -> tuple[Gradient, ...]:
+    def _to_change(self, text: str, labels: Labels) -> tuple[Gradient, ...]:
         """The gradients of categories that the policy does not let pass."""
-        return tuple(item for item in verdict.gradients if self.policy.stops(item.category))
+        found = self._gradients(text, labels)
+        return tuple(item for item in found if self.policy.stops(item.category))
+
+    def _spans(self, judged: Judged, flagged: Sequence[str]) -> tuple[Span, ...]:
+        policy, text = self.policy, judged.prompt.text
+        return hazard_spans(
+            text, judged.labels.windows, flagged, policy.thresholds, policy.categories
+        )
 
     def _verdict(self, judged: Judged) -> Verdict:
         prompt, labels, names = judged.prompt, judged.labels, self.policy.categories
         flagged = self.policy.flagged(labels.severity)
         decision, reason = self._decide(prompt.text, flagged)
-        found: tuple[Gradient, ...] = ()
-        if self.templates is not None:
-            found = gradients(prompt.text, labels, flagged, names, self.templates)
         reading = judged.reading
         return Verdict(
             decision=decision,
@@ -389,8 +442,8 @@ class Pipeline:
             severity=_by_name(names, labels.severity),
             deviation=_by_name(names, labels.deviation),
             distribution=_by_name(("none", *names), labels.distribution),
-            spans=hazard_spans(prompt.text, labels.windows, flagged, self.policy.thresholds, names),
-            gradients=found,
+            spans=self._spans(judged, flagged),
+            gradients=self._gradients(prompt.text, labels),
             look=1 if reading is None else 2,
             tokens=sum(len(read.window.ids) for read in labels.windows),
             windows=len(labels.windows),

@@ -47,8 +47,8 @@ class Policy:
     on_error    the refiner fails: "closed" decides as for `unrepaired` at least, "open" allows
                 what was to be rewritten
     max_steps   rewrites that are tried of a passage or prompt, each with the critique of what is left
-    least_log_probability  log-probability in nats, 0 or less, that a rewrite as a whole must reach to
-                be given back; None for any
+    least_log_probability  log-probability in nats, 0 or less, that each rewrite, of a passage or of
+                the prompt, must reach to be given back; None for any
     other_language  at least this is decided for a prompt that does not seem to be in a language that
                     the screener knows; "read" decides as for others
     """

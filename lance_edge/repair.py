@@ -11,9 +11,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from lance_edge.acceptance import UNCHANGED, problem
+from lance_edge.acceptance import UNCHANGED, problem, unfit
 from lance_edge.errors import InvalidPrompt
-from lance_edge.passages import Range
 from lance_edge.refiner import Rewrite
 from lance_edge.verdict import Edit, Gradient, RefineStep
 
@@ -27,6 +26,20 @@ class Repair:
     refined: str | None
     steps: tuple[RefineStep, ...]
     reason: str | None
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A part of a text that is rewritten by itself.
+
+    start, end  character offsets into the text
+    found       gradients of what is to change in it
+    """
+
+    start: int
+    end: int
+    text: str
+    found: tuple[Gradient, ...]
 
 
 def repair(
@@ -104,38 +117,62 @@ def repair(
 
 def repair_passages(
     prompt: str,
-    places: Sequence[Range],
     *,
-    repair_alone: Callable[[str], Repair | None],
-    wrong_with: Callable[[str], str | None],
+    passages: Callable[[str], Sequence[Passage]],
+    repair_alone: Callable[[Passage], Repair],
+    judge: Callable[[str], tuple[Gradient, ...]],
+    is_control: Callable[[str], bool],
+    least_kept: float,
+    count: Callable[[str], int],
+    most_tokens: int,
+    max_rounds: int,
 ) -> Repair:
-    """Rewrite these passages of a prompt, each by itself; all else stays as it is.
+    """Rewrite the passages of a prompt that carry its hazard, each by itself, and go on with those that carry
+    what is left; all else stays as it is. Without a reason if there is no such passage.
 
-    repair_alone  passage -> its repair; None if it may not be rewritten by itself
-    wrong_with    the prompt with all of them repaired -> why it cannot stand for it; None if it can
+    passages  text -> what to rewrite of it, in order; the text is the prompt, or what became of it and
+              was still flagged
+    judge     text -> gradients of what is flagged in it
+    count     how many tokens the refiner reads a text as; it reads `most_tokens` of passages in all
     """
-    pieces: list[str] = []
+    text, tokens = prompt, 0
     steps: tuple[RefineStep, ...] = ()
-    behind = 0
-    for start, end in places:
-        done = repair_alone(prompt[start:end])
-        if done is None or done.refined is None:
-            tried, why = ((), "it may not be") if done is None else (done.steps, done.reason)
-            reason = f"a passage could not be rewritten by itself: {why}"
-            return _given_up((*steps, *tried), "another passage was not repaired", reason)
-        steps += done.steps
-        pieces += [prompt[behind:start], done.refined]
-        behind = end
-    refined = "".join([*pieces, prompt[behind:]])
-    if wrong := wrong_with(refined):
+    quoted: tuple[Gradient, ...] = ()
+    reason: str | None = None
+    for _ in range(max_rounds):
+        chosen = passages(text)
+        tokens += sum(count(passage.text) for passage in chosen)
+        if tokens > most_tokens:
+            reason = reason or f"its flagged passages have more than {most_tokens} tokens"
+        if not chosen or tokens > most_tokens:
+            break
+        pieces: list[str] = []
+        behind = 0
+        for passage in chosen:
+            done = repair_alone(passage)
+            steps += done.steps
+            if done.refined is None:
+                reason = f"a passage could not be rewritten by itself: {done.reason}"
+                return _given_up(steps, reason)
+            quoted += passage.found
+            pieces += [text[behind : passage.start], done.refined]
+            behind = passage.end
+        text = "".join([*pieces, text[behind:]])
+        still: tuple[Gradient, ...] = ()
+        wrong = unfit(prompt, text, quoted, is_control, least_kept)
+        if wrong is None:
+            wrong, still = objections(judge, text)
+        if wrong is None:
+            return Repair(text, steps, None)
         reason = f"the prompt with its passages rewritten was not accepted: {wrong}"
-        return _given_up(steps, f"the prompt with it: {wrong}", reason)
-    return Repair(refined, steps, None)
+        if not still:
+            break
+    return _given_up(steps, reason)
 
 
-def _given_up(steps: Sequence[RefineStep], problem: str, reason: str) -> Repair:
+def _given_up(steps: Sequence[RefineStep], reason: str | None) -> Repair:
     """Rewrites of passages that are not given back, whatever each of them is worth."""
-    refused = (step if step.problem else replace(step, problem=problem) for step in steps)
+    refused = (step if step.problem else replace(step, problem=reason) for step in steps)
     return Repair(None, tuple(refused), reason)
 
 

@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,7 @@ FloatArray = npt.NDArray[np.float64]
 
 OUTPUTS = ("mean", "deviation", "contributions")
 PAD_MULTIPLE = 8  # tokens
+ADDING_UP = 4  # sentences from which on harmless ones can add up to something that is flagged
 RUN_TOKENS = 1024  # tokens in one run at most; past this, larger batches only cost memory
 
 
@@ -51,13 +53,16 @@ class Labels:
     severity, deviation  [C]
     distribution         over none and the categories, sums to 1   [1 + C]
     windows              the windows' own labels, in order; after them, those of windows that were
-                         read closely
+                         read closely, and those of the prompt's sentences, if they were read apart
     """
 
     severity: FloatArray
     deviation: FloatArray
     distribution: FloatArray
     windows: tuple[WindowLabels, ...]
+
+
+L = TypeVar("L", WindowLabels, Labels)
 
 
 class Screener:
@@ -108,7 +113,7 @@ class Screener:
         closer = [self._read_again(labels) for labels in wide]
         scored = iter(self._score_windows([window for windows in closer for window in windows]))
         narrow = [[next(scored) for _ in windows] for windows in closer]
-        wide = [self._confirmed(*pair) for pair in zip(wide, narrow, strict=True)]
+        wide = [self._doubted(*pair) for pair in zip(wide, narrow, strict=True)]
         labels, start = [], 0
         for windows in prompts:
             end = start + len(windows)
@@ -116,6 +121,24 @@ class Screener:
             labels.append(_combine([*wide[start:end], *again]))
             start = end
         return labels
+
+    def with_sentences(self, whole: Labels, sentences: Sequence[Labels]) -> Labels:
+        """A flagged prompt's labels with those of its sentences, each read by itself.
+
+        What is strong in a prompt hides what is weaker beside it: in a category that the whole is not
+        flagged for, the worst sentence decides. And many harmless sentences can add up: what none of
+        them is flagged for is doubted, as between windows.
+        """
+        doubted = self._doubted(whole, sentences if len(sentences) >= ADDING_UP else [])
+        alone = _combine([window for labels in sentences for window in labels.windows])
+        hidden = (doubted.severity < self._thresholds) & (alone.severity > doubted.severity)
+        severity = np.where(hidden, alone.severity, doubted.severity)
+        return Labels(
+            severity,
+            np.where(hidden, alone.deviation, doubted.deviation),
+            distribution(severity),
+            (*whole.windows, *alone.windows),
+        )
 
     def close(self) -> None:
         self._session.close()
@@ -149,12 +172,12 @@ class Screener:
             return []
         return narrowed(labels.window, close.window, close.overlap)
 
-    def _confirmed(self, labels: WindowLabels, narrow: Sequence[WindowLabels]) -> WindowLabels:
-        """What a window says of a category, unless it is clear, counts a little less where none of its
-        narrower ones flags it: much harmless text can add up."""
-        if not narrow:
+    def _doubted(self, labels: L, parts: Sequence[WindowLabels] | Sequence[Labels]) -> L:
+        """What a text says of a category, unless it is clear, counts a little less where none of its parts
+        flags it: much harmless text can add up."""
+        if self._close is None or not parts:
             return labels
-        highest = np.max([again.severity for again in narrow], axis=0)
+        highest = np.max([part.severity for part in parts], axis=0)
         doubtful = (labels.severity < self._clear) & (highest < self._thresholds)
         less = self._discounted(labels)
         return replace(
@@ -163,7 +186,7 @@ class Screener:
             deviation=np.where(doubtful, less.deviation, labels.deviation),
         )
 
-    def _discounted(self, labels: WindowLabels) -> WindowLabels:
+    def _discounted(self, labels: L) -> L:
         """The labels less the discount: a narrow window sees less around a word."""
         assert self._close is not None
         severity = sigmoid(logit(labels.severity) - self._close.discount)

@@ -75,6 +75,10 @@ class Tokenizer:
             for window in self._windows(spelling.text)
         ]
 
+    def encode_part(self, text: str, start: int, end: int) -> list[Window]:
+        """The windows of text[start:end] as a prompt of its own; offsets are into the whole text."""
+        return [_moved(window, start) for window in self.encode(text[start:end])]
+
     def known_words(self, text: str) -> tuple[int, int]:
         """How many words of a text's first window are one token, and how many there are.
 
@@ -150,6 +154,12 @@ def _window(encoding: Encoding) -> Window:
         offsets=np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2),
         words=np.array([-1 if word is None else word for word in words], dtype=np.int64),
     )
+
+
+def _moved(window: Window, by: int) -> Window:
+    """A window of a text that begins so many characters into another, with offsets of there."""
+    real = window.offsets[:, 1:] > window.offsets[:, :1]  # special tokens stand nowhere
+    return replace(window, offsets=window.offsets + real * by)
 
 
 def _placed(window: Window, places: IntArray) -> Window:

@@ -1,4 +1,4 @@
-"""Sentences and lines of a prompt, and those that carry a hazard."""
+"""Sentences and lines of a prompt, and the passages that they make."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lance_edge.passages import carrying, joined, sentences
+from lance_edge.passages import apart, carrying, joined, sentences
 from lance_edge.verdict import Span
 
 
@@ -45,6 +45,19 @@ def test_sentences_hold_all_but_blanks_in_order(text: str) -> None:
         c for c in text if not c.isspace()
     ]
     assert all(before[1] <= after[0] for before, after in pairwise(found))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Bake it. Eat!", ["Bake it.", "Eat!"]),
+        ("Bake it", []),
+        ("Bake it.\n\u200b\n", []),  # nobody sees the second line
+        ("", []),
+    ],
+)
+def test_sentences_stand_apart_where_there_are_several(text: str, expected: list[str]) -> None:
+    assert [text[start:end] for start, end in apart(text)] == expected
 
 
 def test_carrying_are_the_parts_that_a_span_touches() -> None:

@@ -42,6 +42,32 @@ def test_strongest_action_decides(guard: lance_edge.Pipeline) -> None:
     assert verdict.decision == "block"
 
 
+def test_a_sentence_whose_hazard_the_whole_hides_decides(guard: lance_edge.Pipeline) -> None:
+    """The whole is flagged for violence alone; its last sentence would be blocked for "child"."""
+    prompt = "bomb bomb. safely. safely. the minor."
+    verdict = guard.screen(prompt)
+    assert set(verdict.flagged) == {"violence", "child"}
+    assert verdict.decision == "block"
+    assert verdict.severity["child"] == guard.screen("the minor.").severity["child"]
+    assert verdict.deviation["child"] == guard.screen("the minor.").deviation["child"]
+    # What the whole shows is as severe as in the whole: alone, the first sentence would be more severe.
+    assert verdict.severity["violence"] == pytest.approx(severity_of(BIAS + 16 - 6 + 0.1))
+    assert sum(verdict.distribution.values()) == pytest.approx(1)
+    assert {(prompt[s.start : s.end], s.category) for s in verdict.spans} == {
+        ("bomb bomb", "violence"),
+        ("minor", "child"),
+    }
+
+
+def test_sentences_of_a_prompt_that_is_not_flagged_are_not_read_apart(
+    guard: lance_edge.Pipeline,
+) -> None:
+    prompt = "safely safely safely. bomb"
+    verdict = guard.screen(prompt)
+    assert (verdict.decision, verdict.windows) == ("allow", 1)
+    assert guard.screen("bomb").decision == "rewrite"
+
+
 def test_distribution_has_none_and_sums_to_one(guard: lance_edge.Pipeline) -> None:
     verdict = guard.screen("bomb spy")
     severities = list(verdict.severity.values())

@@ -175,7 +175,7 @@ def test_of_passages_all_must_be_repaired(refiner_bundle: Path) -> None:
         verdict = guard.refine("the bomb. hello. the kill")
     assert verdict.refined == "the cake. hello. the cake"
     assert [step.problem for step in verdict.steps] == [
-        "another passage was not repaired",
+        "a passage could not be rewritten by itself: the rewrite was not accepted: it is empty",
         "it is empty",
         None,
     ]
@@ -192,17 +192,65 @@ def test_passages_that_are_clean_apart_and_flagged_together_are_not_given_back(
     with guard_that_writes(refiner_bundle, rewrite) as guard:
         verdict = guard.refine("kill safely hello. the bomb")
     assert [step.text for step in verdict.steps] == ["the kill safely", "hello cake"]
-    assert verdict.steps[0].problem == "the prompt with it: it is still flagged for violence"
+    assert verdict.steps[0].problem == (
+        "the prompt with its passages rewritten was not accepted: it is still flagged for violence"
+    )
     assert verdict.refined == "hello cake"
 
 
-def test_a_passage_that_alone_would_be_blocked_is_rewritten_with_the_rest(
+def test_what_is_left_is_changed_in_the_sentences_that_carry_it(refiner_bundle: Path) -> None:
+    """No sentence is flagged by itself once the bomb is gone: together two still are."""
+
+    def rewrite(text: str, _: str) -> str:
+        return text.replace("bomb", "hello") if "bomb" in text else text.replace("kill", "cake")
+
+    prompt = "kill safely. hello the. kill safely? hello. the bomb hello"
+    with guard_that_writes(refiner_bundle, rewrite) as guard:
+        verdict = guard.refine(prompt)
+    assert verdict.refined == "cake safely. hello the. cake safely? hello. the hello hello"
+    assert [(step.source, step.critique) for step in verdict.steps] == [
+        ("the bomb hello", 'violence (extreme) in "bomb": no violence'),
+        ("kill safely.", 'violence (extreme) in "kill": no violence'),
+        ("kill safely?", 'violence (extreme) in "kill": no violence'),
+    ]
+    assert all(step.problem is None for step in verdict.steps)
+
+
+def test_a_hazard_that_no_sentence_has_by_itself_is_changed_where_it_is(
     refiner_bundle: Path,
 ) -> None:
-    with guard_that_writes(refiner_bundle, without_bombs) as guard:
-        assert guard.screen("the minor bomb bomb.").decision == "block"
-        verdict = guard.refine("the minor bomb bomb. safely safely")
-    assert [step.source for step in verdict.steps] == ["the minor bomb bomb. safely safely"]
+    harmless = "hello hello the. " * 9
+    prompt = f"{harmless}kill safely. hello. kill safely. {harmless}"
+    with guard_that_writes(refiner_bundle, lambda text, _: text.replace("kill", "the")) as guard:
+        assert not guard.refiner.fits(prompt)
+        verdict = guard.refine(prompt)
+    assert (verdict.reason, verdict.refined) == (None, prompt.replace("kill", "the"))
+
+
+def test_sentences_whose_rewrites_are_alike_do_not_repeat(refiner_bundle: Path) -> None:
+    one = "the bomb and the kill. hello. "
+
+    def rewrite(text: str, _: str) -> str:
+        return "the cake and the cake."
+
+    with guard_that_writes(refiner_bundle, rewrite) as guard:
+        verdict = guard.refine(one * 4)
+    assert (verdict.reason, verdict.refined) == (None, "the cake and the cake. hello. " * 4)
+
+
+def test_passages_that_lose_too_much_together_are_not_given_back(refiner_bundle: Path) -> None:
+    """Of each alone it is not asked: it has few words."""
+
+    def rewrite(text: str, _: str) -> str:
+        return "cake" if "\n" not in text else text.replace("bomb", "cake")
+
+    prompt = "bomb one two three four\nhello\nbomb one two three five"
+    with guard_that_writes(refiner_bundle, rewrite) as guard:
+        verdict = guard.refine(prompt)
+    assert verdict.steps[0].problem == (
+        "the prompt with its passages rewritten was not accepted: it loses harmless parts of the prompt"
+    )
+    assert verdict.refined == prompt.replace("bomb", "cake")
 
 
 def test_a_prompt_longer_than_the_refiner_reads_is_repaired_in_its_passages(
@@ -220,7 +268,7 @@ def test_a_prompt_longer_than_the_refiner_reads_is_repaired_in_its_passages(
     assert stuck.reason.startswith(
         "a passage could not be rewritten by itself: the rewrite was not accepted: "
     )
-    assert "; and as a whole, the refiner reads 96 tokens and the prompt has " in stuck.reason
+    assert "; the refiner reads 96 tokens and the prompt has " in stuck.reason
     assert stuck.steps[0].source == "the bomb kill."
     assert all(step.problem is not None for step in stuck.steps)
 
@@ -232,7 +280,9 @@ def test_a_prompt_that_its_passages_make_too_long_is_no_error(refiner_bundle: Pa
         verdict = guard.refine("hello hello. bomb")
     assert (verdict.decision, verdict.refined) == ("block", None)
     assert verdict.steps[0].problem is not None
-    assert verdict.steps[0].problem.startswith("the prompt with it: it cannot be read as a prompt")
+    assert verdict.steps[0].problem.startswith(
+        "the prompt with its passages rewritten was not accepted: it cannot be read as a prompt"
+    )
 
 
 def test_template_tokens_outside_the_passages_are_not_given_back(refiner_bundle: Path) -> None:
@@ -243,13 +293,15 @@ def test_template_tokens_outside_the_passages_are_not_given_back(refiner_bundle:
     assert (verdict.decision, verdict.refined) == ("block", None)
 
 
-def test_many_passages_are_not_rewritten_one_by_one(refiner_bundle: Path) -> None:
-    passages = [f"bomb. hello {number}." for number in range(9)]
+def test_passages_are_together_no_longer_than_what_the_refiner_reads(refiner_bundle: Path) -> None:
     with guard_that_writes(refiner_bundle, without_bombs) as guard:
-        few = guard.refine(" ".join(passages[:8]))
-        many = guard.refine(" ".join(passages))
-    assert (few.decision, len(few.steps)) == ("rewrite", 8)
+        most = guard.refiner.prompt_tokens // guard.refiner.tokenizer.count("bomb.")
+        few = guard.refine("bomb. hello. " * most)
+        many = guard.refine("bomb. hello. " * (most + 1))
+    assert (few.decision, len(few.steps)) == ("rewrite", most)
     assert (many.decision, many.steps) == ("block", ())
+    assert many.reason is not None
+    assert many.reason.startswith("its flagged passages have ")
 
 
 def test_a_line_that_nobody_sees_within_a_span_is_no_passage(refiner_bundle: Path) -> None:
@@ -273,3 +325,34 @@ def test_a_passage_in_another_language_is_not_rewritten(refiner_bundle: Path) ->
     assert (verdict.decision, verdict.steps) == ("block", ())
     assert verdict.reason is not None
     assert verdict.reason.startswith("a passage does not seem to be in a language that the refiner")
+
+
+def test_where_no_sentence_is_flagged_alone_the_whole_prompt_goes_first(
+    refiner_bundle: Path,
+) -> None:
+    prompt = "kill safely. hello. kill safely."
+
+    def rewrite(text: str, _: str) -> str:
+        return "" if text == prompt else text.replace("kill", "cake")
+
+    with guard_that_writes(refiner_bundle, rewrite) as guard:
+        verdict = guard.refine(prompt)
+    assert [step.source for step in verdict.steps] == [prompt, "kill safely.", "kill safely."]
+    assert verdict.refined == "cake safely. hello. cake safely."
+
+
+def test_of_a_prompt_that_is_mostly_hazard_the_rest_is_changed_with_all_in_view(
+    refiner_bundle: Path,
+) -> None:
+    prompt = "one bomb two bomb three bomb four. kill safely. hello. kill safely."
+
+    def rewrite(text: str, _: str) -> str:
+        return text.replace("bomb", "hello").replace("kill", "cake")
+
+    with guard_that_writes(refiner_bundle, rewrite) as guard:
+        verdict = guard.refine(prompt)
+    assert [step.source for step in verdict.steps] == [
+        "one bomb two bomb three bomb four.",
+        prompt,
+    ]
+    assert verdict.refined == rewrite(prompt, "")

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lance_edge.refiner import Rewrite
-from lance_edge.repair import Repair, diff, repair, repair_passages
+from lance_edge.repair import Passage, Repair, diff, repair, repair_passages
 from lance_edge.verdict import Edit, Gradient, RefineStep
 
 LANGUAGE = fake_refiner.language()
@@ -241,38 +241,102 @@ def test_diff_makes_both_texts(prompt: str, rewrite: str) -> None:
     assert all(before != after for before, after in pairwise(kinds))
 
 
-def done(text: str | None) -> Repair:
-    made = written(text or "")
-    step = RefineStep("", "", made.text, (), None if text else "it is empty", -1.5, 3, 4, 5, 3)
-    return Repair(text, (step,), None if text else "the rewrite was not accepted: it is empty")
+class Passages:
+    """Each letter of ALPHA is a passage; `repaired` says what becomes of it, `left` what is flagged in a text."""
+
+    def __init__(self, repaired: dict[str, str | None], left: dict[str, str]) -> None:
+        self.repaired, self.left = repaired, left
+        self.judged: list[str] = []
+
+    def passages(self, text: str) -> list[Passage]:
+        found = [at for at, letter in enumerate(text) if letter in self.left.get(text, "bd")]
+        return [Passage(at, at + 1, text[at], (flag("violence"),)) for at in found]
+
+    def repair_alone(self, passage: Passage) -> Repair:
+        text = self.repaired[passage.text]
+        wrong = None if text else "it is empty"
+        step = RefineStep(passage.text, "", text or "", (), wrong, -1.5, 3, 4, 5, 3)
+        return Repair(text, (step,), wrong)
+
+    def judge(self, text: str) -> tuple[Gradient, ...]:
+        self.judged.append(text)
+        return (flag("violence"),) if text in self.left else ()
+
+    def repair(self, prompt: str, most_tokens: int = 9, max_rounds: int = 3) -> Repair:
+        return repair_passages(
+            prompt,
+            passages=self.passages,
+            repair_alone=self.repair_alone,
+            judge=self.judge,
+            is_control=lambda text: "<" in text,
+            least_kept=0.5,
+            count=len,
+            most_tokens=most_tokens,
+            max_rounds=max_rounds,
+        )
+
+
+def test_passages_are_repaired_and_all_else_stays() -> None:
+    made = Passages({"b": "B!", "d": "D"}, {}).repair("a b  c\nd e")
+    assert (made.refined, made.reason) == ("a B!  c\nD e", None)
+    assert [(step.source, step.problem) for step in made.steps] == [("b", None), ("d", None)]
+
+
+def test_where_one_passage_fails_none_is_given_back() -> None:
+    words = Passages({"b": "B", "d": None, "f": "F"}, {"a b d f": "bdf"})
+    made = words.repair("a b d f")
+    reason = "a passage could not be rewritten by itself: it is empty"
+    assert (made.refined, made.reason, words.judged) == (None, reason, [])
+    assert [(step.source, step.problem) for step in made.steps] == [
+        ("b", reason),
+        ("d", "it is empty"),
+    ]
+
+
+def test_what_is_still_flagged_goes_on_with_its_passages() -> None:
+    words = Passages({"b": "B", "d": "D", "c": "C"}, {"a B c D": "c"})
+    assert words.repair("a b c d").refined == "a B C D"
+    assert words.judged == ["a B c D", "a B C D"]
 
 
 @pytest.mark.parametrize(
-    ("alone", "wrong", "refined", "problems"),
+    ("words", "limits", "steps"),
     [
-        ({"b": "B", "d": "D"}, None, "a B c D e", [None, None]),
-        ({"b": "B", "d": None}, None, None, ["another passage was not repaired", "it is empty"]),
-        ({"b": "B"}, None, None, ["another passage was not repaired"]),
-        ({}, None, None, []),
-        ({"b": "B", "d": "D"}, "it is bad", None, ["the prompt with it: it is bad"] * 2),
+        (Passages({"b": "B", "d": "D"}, {"a B c D": ""}), {}, 2),
+        (Passages({"b": "B", "d": "D", "c": "C"}, {"a B c D": "c"}), {"max_rounds": 1}, 2),
+        (Passages({"b": "B", "d": "D", "c": "C"}, {"a B c D": "c"}), {"most_tokens": 2}, 2),
     ],
-    ids=["all", "one fails", "one may not", "none may", "the whole is wrong"],
+    ids=["nothing carries it", "rounds", "tokens"],
 )
-def test_passages_are_repaired_all_or_not_at_all(
-    alone: dict[str, str | None], wrong: str | None, refined: str | None, problems: list[str | None]
+def test_what_stays_flagged_is_not_given_back(
+    words: Passages, limits: dict[str, int], steps: int
 ) -> None:
-    judged: list[str] = []
-
-    def wrong_with(text: str) -> str | None:
-        judged.append(text)
-        return wrong
-
-    made = repair_passages(
-        "a b c d e",
-        [(2, 3), (6, 7)],
-        repair_alone=lambda passage: done(alone[passage]) if passage in alone else None,
-        wrong_with=wrong_with,
+    made = words.repair("a b c d", **limits)
+    reason = (
+        "the prompt with its passages rewritten was not accepted: it is still flagged for violence"
     )
-    assert (made.refined, [step.problem for step in made.steps]) == (refined, problems)
-    assert judged == (["a B c D e"] if None not in alone.values() and len(alone) == 2 else [])
-    assert (made.reason is None) == (refined is not None)
+    assert (made.refined, made.reason) == (None, reason)
+    assert [step.problem for step in made.steps] == [reason] * steps
+
+
+def test_passages_that_are_too_long_together_are_not_tried() -> None:
+    made = Passages({}, {}).repair("a b c d", most_tokens=1)
+    assert made == Repair(None, (), "its flagged passages have more than 1 tokens")
+    assert Passages({}, {"a": ""}).repair("a") == Repair(None, (), None)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reason"),
+    [
+        ("a b < d", "it carries tokens of the prompt template"),
+        ("b d b d b d a", "it loses harmless parts of the prompt"),
+    ],
+)
+def test_the_prompt_with_its_passages_is_held_to_what_a_rewrite_is_held_to(
+    prompt: str, reason: str
+) -> None:
+    words = Passages({"b": "x", "d": "y"}, {})
+    made = words.repair(prompt)
+    assert made.refined is None
+    assert made.reason == f"the prompt with its passages rewritten was not accepted: {reason}"
+    assert words.judged == []

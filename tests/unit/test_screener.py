@@ -272,6 +272,36 @@ def test_what_adds_up_over_a_window_is_doubted_unless_it_is_clear(
     assert labels.severity == pytest.approx([expected], abs=0.01)
 
 
+@pytest.mark.parametrize(
+    ("sevens_in_all", "sentences", "expected"),
+    [
+        (8, [2, 2, 2, 2], 1 / (1 + 0.6 / 0.4 * math.e)),
+        (8, [2, 2, 2], 0.4),  # too few to add up
+        (8, [2, 2, 6, 2], 0.4),  # one of them is flagged
+        (10, [2, 2, 2, 2, 2], 0.5),  # clear
+        (4, [2, 2, 8, 2], 0.4),  # hidden in the whole
+        (4, [2, 2, 5, 2], 0.25),  # more severe, though not flagged either
+    ],
+)
+def test_what_sentences_add_up_to_is_doubted_and_what_they_hide_is_not(
+    sevens_in_all: int, sentences: list[int], expected: float
+) -> None:
+    reader = screener.Screener(adding_up(), [Calibration(1, 0, 0.3)], CLOSE)
+    (whole,) = reader.score([[sevens(slice(0, sevens_in_all), 20)]])
+    parts = reader.score([[sevens(slice(0, count), 9)] for count in sentences])
+    labels = reader.with_sentences(whole, parts)
+    assert labels.severity == pytest.approx([expected], abs=0.01)
+    assert labels.distribution.sum() == pytest.approx(1)
+    assert len(labels.windows) == len(whole.windows) + len(parts)
+
+
+def test_without_close_reading_nothing_is_doubted() -> None:
+    reader = screener.Screener(adding_up(), [Calibration(1, 0, 0.3)])
+    (whole,) = reader.score([[sevens(slice(0, 8), 20)]])
+    parts = reader.score([[sevens(slice(0, 2), 9)]] * 4)
+    assert reader.with_sentences(whole, parts).severity == whole.severity
+
+
 def test_each_prompt_has_its_own_windows_read_again() -> None:
     reader = screener.Screener(diluting([]), [Calibration(1, 0, 0.5)], CLOSE)
     open_, clear = sevens(slice(19, 27), 40), sevens(slice(0, 0), 40)
