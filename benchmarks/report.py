@@ -117,6 +117,45 @@ def dilution() -> str:
     )
 
 
+def hidden() -> str:
+    """Hazards beside stronger ones, on screening."""
+    rows = [
+        (
+            f"to rewrite, and to {action}",
+            row["prompts"],
+            f"{row['as_a_whole']:.1%}",
+            f"{row['by_sentence']:.1%}",
+        )
+        for action, row in read("hidden")["screened"].items()
+    ]
+    header = ("two records", "prompts", "at least that is decided, read as a whole", "by sentence too")
+    return table(header, rows)
+
+
+def hidden_repaired() -> str:
+    """Two hazards among harmless prompts, repaired."""
+    rows = []
+    for count, row in read("hidden")["repaired"].items():
+        kept = row["harmless_words_kept"]
+        rows.append(
+            (
+                count,
+                row["prompts"],
+                f"{row['accepted']:.1%}",
+                f"{row['accepted_with_a_sentence_flagged_alone']:.1%}",
+                "" if kept is None else f"{kept:.1%}",
+            )
+        )
+    header = (
+        "harmless prompts around two hazards",
+        "prompts",
+        "repaired",
+        "repaired, with a sentence that is flagged alone",
+        "harmless words kept in order",
+    )
+    return table(header, rows)
+
+
 def ablation() -> str:
     """Variational against plain."""
     rows = [
@@ -336,6 +375,8 @@ TABLES: dict[str, Callable[[], str]] = {
         categories,
         disguises,
         dilution,
+        hidden,
+        hidden_repaired,
         ablation,
         ablation_errors,
         int8,

@@ -501,7 +501,7 @@ def each_verdict(
 ) -> dict[str, int]:
     """Judge items in order, write each as soon as it is judged, and count what came of them.
 
-    What is written is whole, also if it ends early for an interrupt or a model that fails.
+    What is written is whole, and counted, also if it ends early for an interrupt or a model that fails.
     """
     progress = Progress(sys.stderr, enabled=not quiet and not sys.stdout.isatty())
     counts = {"screened": 0, "not allowed": 0, "failed": 0, "blank": 0}
@@ -511,17 +511,24 @@ def each_verdict(
     except (KeyboardInterrupt, LanceError, SessionError):
         progress.clear()
         report.close()
+        if not quiet and any(counts.values()):
+            complain(f"ended early: {summary(counts)}")
         raise
     progress.clear()
     report.close()
     if not quiet and (counts["screened"] != 1 or counts["failed"] or counts["blank"]):
-        lines = "line" if counts["blank"] == 1 else "lines"
-        blank = f", {counts['blank']:,} blank {lines} skipped" if counts["blank"] else ""
-        complain(
-            f"{counts['screened']:,} screened, {counts['not allowed']:,} not allowed, "
-            f"{counts['failed']:,} not screened{blank}"
-        )
+        complain(summary(counts))
     return counts
+
+
+def summary(counts: Mapping[str, int]) -> str:
+    """What came of the items, in a line."""
+    lines = "line" if counts["blank"] == 1 else "lines"
+    blank = f", {counts['blank']:,} blank {lines} skipped" if counts["blank"] else ""
+    return (
+        f"{counts['screened']:,} screened, {counts['not allowed']:,} not allowed, "
+        f"{counts['failed']:,} not screened{blank}"
+    )
 
 
 def _each_of(

@@ -647,7 +647,11 @@ def test_what_is_judged_is_written_before_the_rest_of_its_batch(
     monkeypatch.setattr(Refiner, "rewrite", rewrite)
     result = refine(FLAGGED, "hello", FLAGGED, "hello", "--looks", "1", "--format", "jsonl")
     assert [record["decision"] for record in records(result.stdout)] == ["rewrite", "allow"]
-    assert (result.exit_code, result.stderr) == (130, "lance-edge: interrupted\n")
+    assert (result.exit_code, result.stderr) == (
+        130,
+        "lance-edge: ended early: 2 screened, 1 not allowed, 0 not screened\n"
+        "lance-edge: interrupted\n",
+    )
 
 
 def test_json_lines_are_what_the_api_says(
