@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import accumulate
 
 from lance_edge.tokenizer import readable
@@ -49,15 +49,20 @@ def carrying(parts: Sequence[Range], spans: Sequence[Span]) -> list[Range]:
     return [part for part, count in before if count and reached[count - 1] > part[0]]
 
 
-def joined(parts: Sequence[Range], chosen: Collection[Range]) -> list[Range]:
-    """The chosen parts, neighbours as one."""
+def joined(
+    parts: Sequence[Range], chosen: Collection[Range], is_short: Callable[[int, int], bool]
+) -> list[Range]:
+    """The chosen parts, neighbours as one where that is short."""
     chosen = set(chosen)
     found: list[Range] = []
     previous = False
-    for part in parts:
-        if part in chosen:
-            found.append((found.pop()[0], part[1]) if previous else part)
-        previous = part in chosen
+    for start, end in parts:
+        is_chosen = (start, end) in chosen
+        if is_chosen and previous and is_short(found[-1][0], end):
+            found[-1] = (found[-1][0], end)
+        elif is_chosen:
+            found.append((start, end))
+        previous = is_chosen
     return found
 
 

@@ -37,6 +37,7 @@ Looks = Literal["1", "2", "auto"]
 T = TypeVar("T")
 
 MAX_CHARS = 1_000_000
+LONGEST_JOINED = 96  # tokens of neighbouring sentences that are rewritten as one passage
 FEWEST_JUDGED = 3  # words from which on a prompt is asked for its language
 
 
@@ -324,16 +325,21 @@ class Pipeline:
 
     def _passages(self, judged: Judged) -> list[Passage]:
         """The sentences that would be stopped if they stood alone, or, if there are none, those that carry
-        what is to change; neighbours as one. None if that is all of them."""
+        what is to change; neighbours as one, if they are short. None if that is all of the prompt."""
         text, parts = judged.prompt.text, [*judged.sentences]
         chosen = [part for part in parts if self._stopped(judged.sentences[part].severity)]
         if not chosen:
             chosen = carrying(parts, self._spans(judged, self._stopped(judged.labels.severity)))
-        if len(chosen) == len(parts):
+
+        def is_short(start: int, end: int) -> bool:
+            return self.refiner.tokenizer.count(text[start:end]) <= LONGEST_JOINED
+
+        places = joined(parts, chosen, is_short)
+        if len(places) < 2 and len(chosen) == len(parts):
             return []
         return [
             Passage(start, end, text[start:end], self._found_between(start, end, judged))
-            for start, end in joined(parts, chosen)
+            for start, end in places
         ]
 
     def _found_between(self, start: int, end: int, judged: Judged) -> tuple[Gradient, ...]:

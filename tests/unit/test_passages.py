@@ -80,7 +80,13 @@ def test_carrying_are_the_parts_that_a_span_touches() -> None:
 def test_chosen_neighbours_are_one(
     chosen: list[tuple[int, int]], expected: list[tuple[int, int]]
 ) -> None:
-    assert joined([(0, 1), (2, 3), (4, 5), (6, 7)], chosen) == expected
+    assert joined([(0, 1), (2, 3), (4, 5), (6, 7)], chosen, lambda start, end: True) == expected
+
+
+def test_neighbours_are_one_as_long_as_they_are_short() -> None:
+    parts = [(0, 1), (2, 3), (4, 5), (6, 7), (8, 18), (19, 20)]
+    found = joined(parts, parts, lambda start, end: end - start <= 5)
+    assert found == [(0, 5), (6, 7), (8, 18), (19, 20)]
 
 
 @pytest.mark.parametrize("run", [" ", ".", "\n", ".)", "e.g. ", "a. ", " \n"])
@@ -89,6 +95,5 @@ def test_long_runs_are_read_once(run: str) -> None:
     text = f"a{run * (1_000_000 // len(run))}b"
     parts = sentences(text)
     spans = [Span(0, 1, "violence", 1.0), Span(len(text) - 1, len(text), "violence", 1.0)]
-    assert len(joined(parts, carrying(parts, spans))) == len({parts[0], parts[-1]}) - (
-        len(parts) == 2
-    )
+    passages = joined(parts, carrying(parts, spans), lambda start, end: True)
+    assert len(passages) == len({parts[0], parts[-1]}) - (len(parts) == 2)

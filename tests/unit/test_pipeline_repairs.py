@@ -13,6 +13,7 @@ import pytest
 import tiny_refiner
 
 import lance_edge
+from lance_edge import pipeline
 from lance_edge.bundle import Calibration
 from lance_edge.refiner import Reading, Refiner
 from lance_edge.verdict import Edit
@@ -34,9 +35,9 @@ def guard_that_writes(
     graph = fake_refiner.FakeGraph(fake_refiner.writer(LANGUAGE, rewrite))
     decoder = fake_refiner.decoder(graph, LANGUAGE.prefix, tiny_refiner.CONTEXT)
     refiner = Refiner(decoder, LANGUAGE, [Calibration(1, 0, 0.5)] * 2, 96, 0.5)
-    with lance_edge.load(bundle, "cpu", looks="1", threads=1, max_chars=max_chars) as pipeline:
-        pipeline._refiner = refiner  # in place of the bundle's, which writes nonsense
-        yield pipeline
+    with lance_edge.load(bundle, "cpu", looks="1", threads=1, max_chars=max_chars) as guard:
+        guard._refiner = refiner  # in place of the bundle's, which writes nonsense
+        yield guard
 
 
 def test_a_hazard_is_rewritten(refiner_bundle: Path) -> None:
@@ -152,6 +153,16 @@ def test_where_all_sentences_are_hazardous_the_prompt_is_rewritten_as_a_whole(
         "the bomb. hello bomb "
     ]  # as a passage, without the blank
     assert verdict.refined == "the cake. hello cake "
+
+
+def test_where_all_sentences_are_hazardous_and_long_they_are_rewritten_apart(
+    refiner_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "LONGEST_JOINED", 18)
+    with guard_that_writes(refiner_bundle, without_bombs) as guard:
+        verdict = guard.refine("the bomb. bomb!  hello the bomb ")
+    assert [step.source for step in verdict.steps] == ["the bomb. bomb!", "hello the bomb"]
+    assert verdict.refined == "the cake. cake!  hello the cake "
 
 
 def test_a_passage_that_cannot_be_repaired_alone_leaves_it_to_the_whole_prompt(
