@@ -128,7 +128,12 @@ def hidden() -> str:
         )
         for action, row in read("hidden")["screened"].items()
     ]
-    header = ("two records", "prompts", "at least that is decided, read as a whole", "by sentence too")
+    header = (
+        "two records",
+        "prompts",
+        "at least that is decided, read as a whole",
+        "by sentence too",
+    )
     return table(header, rows)
 
 

@@ -23,7 +23,7 @@ from lance_edge.language import LanguageTokenizer
 from lance_edge.passages import Range, apart, carrying, joined
 from lance_edge.policy import STRENGTH, Policy, check_whole, policy
 from lance_edge.refiner import Reading, Refiner, Rewrite
-from lance_edge.repair import Passage, Repair, diff, repair, repair_passages
+from lance_edge.repair import Repair, diff, repair, repair_passages
 from lance_edge.screener import FloatArray, Labels, Screener, both_looks
 from lance_edge.spans import hazard_spans
 from lance_edge.tokenizer import Tokenizer, Window
@@ -267,8 +267,9 @@ class Pipeline:
     def _repair_prompt(self, judged: Judged, refiner: Refiner) -> Repair:
         """Rewrites the passages that carry the hazard; where that does not do, the prompt as a whole. Where
         no sentence is hazardous by itself, the other way round: what makes it so is around it."""
-        for passage in self._passages(judged):
-            if count := self._unknown_language(passage.text, refiner.least_known):
+        prompt = judged.prompt.text
+        for start, end in self._passages(judged, refiner):
+            if count := self._unknown_language(prompt[start:end], refiner.least_known):
                 reason = (
                     f"a passage does not seem to be in a language that the refiner writes: {count}"
                 )
@@ -301,10 +302,10 @@ class Pipeline:
 
     def _repair_passages(self, judged: Judged, refiner: Refiner) -> Repair:
         """Rewrites the passages that carry the hazard, each by itself."""
-        latest, count = judged, refiner.tokenizer.count
+        prompt, latest, count = judged.prompt.text, judged, refiner.tokenizer.count
         # Of a prompt that is mostly hazard, what is left is better changed with the rest in view.
-        part = sum(count(passage.text) for passage in self._passages(judged))
-        is_lesser = 2 * part < count(judged.prompt.text)
+        part = sum(count(prompt[start:end]) for start, end in self._passages(judged, refiner))
+        is_lesser = 2 * part < count(prompt)
 
         def judge(text: str) -> tuple[Gradient, ...]:
             nonlocal latest
@@ -312,9 +313,10 @@ class Pipeline:
             return self._to_change(text, latest.labels)
 
         return repair_passages(
-            judged.prompt.text,
-            passages=lambda _: self._passages(latest),
-            repair_alone=lambda passage: self._repair_text(passage.text, passage.found, refiner),
+            prompt,
+            passages=lambda _: self._passages(latest, refiner),
+            found_in=lambda passage: self._found_in(passage, latest),
+            repair_alone=lambda text, found: self._repair_text(text, found, refiner),
             judge=judge,
             is_control=refiner.tokenizer.has_control,
             least_kept=refiner.least_kept,
@@ -323,7 +325,7 @@ class Pipeline:
             max_rounds=self.policy.max_steps if is_lesser else 1,
         )
 
-    def _passages(self, judged: Judged) -> list[Passage]:
+    def _passages(self, judged: Judged, refiner: Refiner) -> list[Range]:
         """The sentences that would be stopped if they stood alone, or, if there are none, those that carry
         what is to change; neighbours as one, if they are short. None if that is all of the prompt."""
         text, parts = judged.prompt.text, [*judged.sentences]
@@ -332,19 +334,15 @@ class Pipeline:
             chosen = carrying(parts, self._spans(judged, self._stopped(judged.labels.severity)))
 
         def is_short(start: int, end: int) -> bool:
-            return self.refiner.tokenizer.count(text[start:end]) <= LONGEST_JOINED
+            return refiner.tokenizer.count(text[start:end]) <= LONGEST_JOINED
 
-        places = joined(parts, chosen, is_short)
-        if len(places) < 2 and len(chosen) == len(parts):
-            return []
-        return [
-            Passage(start, end, text[start:end], self._found_between(start, end, judged))
-            for start, end in places
-        ]
+        passages = joined(parts, chosen, is_short)
+        return [] if len(passages) < 2 and len(chosen) == len(parts) else passages
 
-    def _found_between(self, start: int, end: int, judged: Judged) -> tuple[Gradient, ...]:
-        """The gradients of sentences: of what they would be stopped for, or else of what the prompt is
-        flagged for, in their words."""
+    def _found_in(self, passage: Range, judged: Judged) -> tuple[Gradient, ...]:
+        """The gradients of a passage: of what its sentences would be stopped for, or else of what the
+        prompt is flagged for, in their words."""
+        start, end = passage
         inside = [read for part, read in judged.sentences.items() if start <= part[0] < end]
         windows = tuple(window for read in inside for window in read.windows)
         severity = np.max([read.severity for read in inside], axis=0)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from lance_edge.acceptance import UNCHANGED, problem, unfit
 from lance_edge.errors import InvalidPrompt
+from lance_edge.passages import Range
 from lance_edge.refiner import Rewrite
 from lance_edge.verdict import Edit, Gradient, RefineStep
 
@@ -26,20 +27,6 @@ class Repair:
     refined: str | None
     steps: tuple[RefineStep, ...]
     reason: str | None
-
-
-@dataclass(frozen=True)
-class Passage:
-    """A part of a text that is rewritten by itself.
-
-    start, end  character offsets into the text
-    found       gradients of what is to change in it
-    """
-
-    start: int
-    end: int
-    text: str
-    found: tuple[Gradient, ...]
 
 
 def repair(
@@ -118,8 +105,9 @@ def repair(
 def repair_passages(
     prompt: str,
     *,
-    passages: Callable[[str], Sequence[Passage]],
-    repair_alone: Callable[[Passage], Repair],
+    passages: Callable[[str], Sequence[Range]],
+    found_in: Callable[[Range], tuple[Gradient, ...]],
+    repair_alone: Callable[[str, tuple[Gradient, ...]], Repair],
     judge: Callable[[str], tuple[Gradient, ...]],
     is_control: Callable[[str], bool],
     least_kept: float,
@@ -130,10 +118,12 @@ def repair_passages(
     """Rewrite the passages of a prompt that carry its hazard, each by itself, and go on with those that carry
     what is left; all else stays as it is. Without a reason if there is no such passage.
 
-    passages  text -> what to rewrite of it, in order; the text is the prompt, or what became of it and
-              was still flagged
-    judge     text -> gradients of what is flagged in it
-    count     how many tokens the refiner reads a text as; it reads `most_tokens` of passages in all
+    passages      text -> what to rewrite of it, in order; the text is the prompt, or what became of it
+                  and was still flagged
+    found_in      passage of that text -> gradients of what is to change in it
+    repair_alone  passage and its gradients -> its repair
+    judge         text -> gradients of what is flagged in it
+    count         how many tokens the refiner reads a text as; it reads `most_tokens` of passages in all
     """
     text, tokens = prompt, 0
     steps: tuple[RefineStep, ...] = ()
@@ -141,22 +131,23 @@ def repair_passages(
     reason: str | None = None
     for _ in range(max_rounds):
         chosen = passages(text)
-        tokens += sum(count(passage.text) for passage in chosen)
+        tokens += sum(count(text[start:end]) for start, end in chosen)
         if tokens > most_tokens:
             reason = reason or f"its flagged passages have more than {most_tokens} tokens"
         if not chosen or tokens > most_tokens:
             break
         pieces: list[str] = []
         behind = 0
-        for passage in chosen:
-            done = repair_alone(passage)
+        for start, end in chosen:
+            found = found_in((start, end))
+            done = repair_alone(text[start:end], found)
             steps += done.steps
             if done.refined is None:
                 reason = f"a passage could not be rewritten by itself: {done.reason}"
                 return _given_up(steps, reason)
-            quoted += passage.found
-            pieces += [text[behind : passage.start], done.refined]
-            behind = passage.end
+            quoted += found
+            pieces += [text[behind:start], done.refined]
+            behind = end
         text = "".join([*pieces, text[behind:]])
         still: tuple[Gradient, ...] = ()
         wrong = unfit(prompt, text, quoted, is_control, least_kept)

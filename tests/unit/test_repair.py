@@ -12,8 +12,9 @@ from hazard import PROMPT, SAFE, flag
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lance_edge.passages import Range
 from lance_edge.refiner import Rewrite
-from lance_edge.repair import Passage, Repair, diff, repair, repair_passages
+from lance_edge.repair import Repair, diff, repair, repair_passages
 from lance_edge.verdict import Edit, Gradient, RefineStep
 
 LANGUAGE = fake_refiner.language()
@@ -248,14 +249,17 @@ class Passages:
         self.repaired, self.left = repaired, left
         self.judged: list[str] = []
 
-    def passages(self, text: str) -> list[Passage]:
+    def passages(self, text: str) -> list[Range]:
         found = [at for at, letter in enumerate(text) if letter in self.left.get(text, "bd")]
-        return [Passage(at, at + 1, text[at], (flag("violence"),)) for at in found]
+        return [(at, at + 1) for at in found]
 
-    def repair_alone(self, passage: Passage) -> Repair:
-        text = self.repaired[passage.text]
+    def found_in(self, passage: Range) -> tuple[Gradient, ...]:
+        return (flag(f"category {passage[0]}"),)
+
+    def repair_alone(self, passage: str, found: tuple[Gradient, ...]) -> Repair:
+        text = self.repaired[passage]
         wrong = None if text else "it is empty"
-        step = RefineStep(passage.text, "", text or "", (), wrong, -1.5, 3, 4, 5, 3)
+        step = RefineStep(passage, found[0].category, text or "", (), wrong, -1.5, 3, 4, 5, 3)
         return Repair(text, (step,), wrong)
 
     def judge(self, text: str) -> tuple[Gradient, ...]:
@@ -266,6 +270,7 @@ class Passages:
         return repair_passages(
             prompt,
             passages=self.passages,
+            found_in=self.found_in,
             repair_alone=self.repair_alone,
             judge=self.judge,
             is_control=lambda text: "<" in text,
@@ -279,7 +284,10 @@ class Passages:
 def test_passages_are_repaired_and_all_else_stays() -> None:
     made = Passages({"b": "B!", "d": "D"}, {}).repair("a b  c\nd e")
     assert (made.refined, made.reason) == ("a B!  c\nD e", None)
-    assert [(step.source, step.problem) for step in made.steps] == [("b", None), ("d", None)]
+    assert [(step.source, step.critique, step.problem) for step in made.steps] == [
+        ("b", "category 2", None),
+        ("d", "category 7", None),
+    ]
 
 
 def test_where_one_passage_fails_none_is_given_back() -> None:
