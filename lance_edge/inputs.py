@@ -231,6 +231,7 @@ def _read_csv(lines: Iterable[tuple[int, bytes | None]], source: str, field: str
     taken = _Taken()
     reader = csv.reader(taken.track(lines), strict=True)
     column: int | None = None
+    columns = 0
     while True:
         start = taken.line + 1
         try:
@@ -252,12 +253,19 @@ def _read_csv(lines: Iterable[tuple[int, bytes | None]], source: str, field: str
                     missing += "; columns are parted by commas"
                 yield Item(source, start, error=missing)
                 return
-            column = row.index(field)
+            if row.count(field) > 1:
+                yield Item(source, start, error=f"the header has {row.count(field)} columns {field!r}")
+                return
+            column, columns = row.index(field), len(row)
         elif taken.too_long >= start:
             yield Item(source, start, error=TOO_LONG.format(limit=LINE_LIMIT // 2**20))
         elif column >= len(row):
             short = f"the row has {len(row)} columns and {field!r} is number {column + 1}"
             yield Item(source, start, error=short)
+        elif len(row) > columns:
+            # A prompt with a comma that nobody quoted: its end would be lost.
+            more = f"the row has {len(row)} columns and the header {columns}; quote what holds commas"
+            yield Item(source, start, error=more)
         elif _UNDECODABLE.search(row[column]):
             yield Item(source, start, error="the row is not valid UTF-8")
         else:

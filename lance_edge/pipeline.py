@@ -38,6 +38,7 @@ T = TypeVar("T")
 
 MAX_CHARS = 1_000_000
 LONGEST_JOINED = 96  # tokens of neighbouring sentences that are rewritten as one passage
+MOST_THREADS = 256
 FEWEST_JUDGED = 3  # words from which on a prompt is asked for its language
 
 
@@ -526,6 +527,8 @@ def assemble(
     """`load`, of a bundle that is open: whether it is signed was looked at then."""
     if threads is not None:
         check_whole("threads", threads)
+        if threads > MOST_THREADS:
+            raise InvalidOption(f"threads must be at most {MOST_THREADS}, not {threads:,}")
     check_whole("max_chars", max_chars)
     if device not in ("auto", *BACKENDS):
         raise InvalidOption(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from importlib import import_module
 
@@ -28,6 +29,10 @@ __all__ = [
     "available_devices",
     "open_session",
 ]
+
+# ONNX Runtime reads it when it is imported. Without it, 1.32 keeps a device id in the user's cache and
+# reports to its maker that it is used.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # device -> "module:opener". An opener takes (graph, threads, weights) as `open_session` has them.
 BACKENDS = {

@@ -222,6 +222,20 @@ def test_a_short_row_costs_itself() -> None:
     ]
 
 
+def test_a_row_with_a_comma_that_nobody_quoted_is_not_cut() -> None:
+    assert found(b"prompt\na\nbake a cake, then a bomb\n\"b, c\"\n", "csv") == [
+        (2, "a"),
+        (3, ["the row has 2 columns and the header 1; quote what holds commas"]),
+        (4, "b, c"),
+    ]
+
+
+def test_a_column_that_stands_twice_is_asked_about() -> None:
+    assert found(b"prompt,id,prompt\na,1,b\n", "csv") == [
+        (1, ["the header has 2 columns 'prompt'"])
+    ]
+
+
 def test_a_wrongly_quoted_row_costs_itself() -> None:
     before, wrong, after = items(b'prompt,id\na,1\n"b"x,2\nc,3\n', "csv")
     assert (before.text, after.text) == ("a", "c")

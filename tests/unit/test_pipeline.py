@@ -186,6 +186,7 @@ def test_a_text_is_no_list_of_texts(guard: lance_edge.Pipeline) -> None:
     ("options", "message"),
     [
         ({"threads": 1.5}, "threads must be a whole number of at least 1, not 1.5"),
+        ({"threads": 257}, "threads must be at most 256, not 257"),
         ({"threads": "2"}, "threads must be a whole number of at least 1, not '2'"),
         ({"max_chars": None}, "max_chars must be a whole number of at least 1, not None"),
         ({"max_chars": 0}, "max_chars must be a whole number of at least 1, not 0"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -142,3 +144,12 @@ def test_auto_runs_int8_on_the_cpu(
     )
     open_graphs(replace(opened, manifest=manifest), asked).screener()
     assert chosen == [expected]
+
+
+def test_the_runtime_reports_nothing_to_its_maker(tmp_path: Path) -> None:
+    """ONNX Runtime 1.32 leaves a device id below the user's home when it may report."""
+    code = "import lance_edge_engines, onnxruntime; onnxruntime.get_available_providers()"
+    environment = {**os.environ, "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    environment.pop("ORT_DISABLE_TELEMETRY", None)
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
