@@ -254,7 +254,9 @@ def _read_csv(lines: Iterable[tuple[int, bytes | None]], source: str, field: str
                 yield Item(source, start, error=missing)
                 return
             if row.count(field) > 1:
-                yield Item(source, start, error=f"the header has {row.count(field)} columns {field!r}")
+                yield Item(
+                    source, start, error=f"the header has {row.count(field)} columns {field!r}"
+                )
                 return
             column, columns = row.index(field), len(row)
         elif taken.too_long >= start:
@@ -264,7 +266,9 @@ def _read_csv(lines: Iterable[tuple[int, bytes | None]], source: str, field: str
             yield Item(source, start, error=short)
         elif len(row) > columns:
             # A prompt with a comma that nobody quoted: its end would be lost.
-            more = f"the row has {len(row)} columns and the header {columns}; quote what holds commas"
+            more = (
+                f"the row has {len(row)} columns and the header {columns}; quote what holds commas"
+            )
             yield Item(source, start, error=more)
         elif _UNDECODABLE.search(row[column]):
             yield Item(source, start, error="the row is not valid UTF-8")

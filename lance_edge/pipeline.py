@@ -55,7 +55,8 @@ class Prompt:
 class Judged:
     """A prompt with all that the looks say of it.
 
-    sentences  what the first look says of each by itself, if the prompt is flagged and has several
+    sentences  what the first look says of each by itself, if there are several and the prompt is not
+               clearly harmless
     reading    the second look's cache; None if there was none
     """
 
@@ -203,8 +204,9 @@ class Pipeline:
         return [self._by_sentence(*pair) for pair in zip(prompts, labels, strict=True)]
 
     def _by_sentence(self, prompt: Prompt, whole: Labels) -> Judged:
-        """What the screener says of a prompt as a whole, and, if it is flagged, of each of its sentences."""
-        places = apart(prompt.text) if self.policy.flagged(whole.severity) else []
+        """What the screener says of a prompt as a whole and, unless it is clearly harmless, of each of its
+        sentences."""
+        places = apart(prompt.text) if self.screener.is_by_sentence(whole) else []
         if not places:
             return Judged(prompt, whole)
         windows = [self.tokenizer.encode_part(prompt.text, *place) for place in places]

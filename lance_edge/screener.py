@@ -26,6 +26,9 @@ FloatArray = npt.NDArray[np.float64]
 OUTPUTS = ("mean", "deviation", "contributions")
 PAD_MULTIPLE = 8  # tokens
 ADDING_UP = 4  # sentences from which on harmless ones can add up to something that is flagged
+# A prompt of which nothing is flagged is read by sentence from the one severity on; a sentence counts then from
+# the other on, if it is flagged.
+LEFT_OPEN, SURE = 0.1, 0.65
 RUN_TOKENS = 1024  # tokens in one run at most; past this, larger batches only cost memory
 
 
@@ -122,16 +125,25 @@ class Screener:
             start = end
         return labels
 
+    def is_by_sentence(self, whole: Labels) -> bool:
+        """Whether the sentences of a prompt should be read by themselves: unless it is clearly harmless."""
+        return bool((whole.severity >= np.minimum(self._thresholds, LEFT_OPEN)).any())
+
     def with_sentences(self, whole: Labels, sentences: Sequence[Labels]) -> Labels:
-        """A flagged prompt's labels with those of its sentences, each read by itself.
+        """A prompt's labels with those of its sentences, each read by itself.
 
         What is strong in a prompt hides what is weaker beside it: in a category that the whole is not
-        flagged for, the worst sentence decides. And many harmless sentences can add up: what none of
+        flagged for, the worst sentence decides. So can much that is different: where nothing is flagged,
+        a sentence counts if it is flagged and sure. And many harmless sentences can add up: what none of
         them is flagged for is doubted, as between windows.
         """
-        doubted = self._doubted(whole, sentences if len(sentences) >= ADDING_UP else [])
+        is_flagged = (whole.severity >= self._thresholds).any()
+        may_add_up = is_flagged and len(sentences) >= ADDING_UP
+        doubted = self._doubted(whole, sentences if may_add_up else [])
         alone = _combine([window for labels in sentences for window in labels.windows])
         hidden = (doubted.severity < self._thresholds) & (alone.severity > doubted.severity)
+        if not is_flagged:
+            hidden &= alone.severity >= np.maximum(self._thresholds, SURE)
         severity = np.where(hidden, alone.severity, doubted.severity)
         return Labels(
             severity,

@@ -223,7 +223,7 @@ def test_a_short_row_costs_itself() -> None:
 
 
 def test_a_row_with_a_comma_that_nobody_quoted_is_not_cut() -> None:
-    assert found(b"prompt\na\nbake a cake, then a bomb\n\"b, c\"\n", "csv") == [
+    assert found(b'prompt\na\nbake a cake, then a bomb\n"b, c"\n', "csv") == [
         (2, "a"),
         (3, ["the row has 2 columns and the header 1; quote what holds commas"]),
         (4, "b, c"),

@@ -59,13 +59,12 @@ def test_a_sentence_whose_hazard_the_whole_hides_decides(guard: lance_edge.Pipel
     }
 
 
-def test_sentences_of_a_prompt_that_is_not_flagged_are_not_read_apart(
+def test_sentences_of_a_prompt_that_is_clearly_harmless_are_not_read_apart(
     guard: lance_edge.Pipeline,
 ) -> None:
-    prompt = "safely safely safely. bomb"
-    verdict = guard.screen(prompt)
+    verdict = guard.screen("safely safely safely safely. bomb")
     assert (verdict.decision, verdict.windows) == ("allow", 1)
-    assert guard.screen("bomb").decision == "rewrite"
+    assert guard.screen("safely safely. bomb").decision == "rewrite"
 
 
 def test_distribution_has_none_and_sums_to_one(guard: lance_edge.Pipeline) -> None:

@@ -279,8 +279,6 @@ def test_what_adds_up_over_a_window_is_doubted_unless_it_is_clear(
         (8, [2, 2, 2], 0.4),  # too few to add up
         (8, [2, 2, 6, 2], 0.4),  # one of them is flagged
         (10, [2, 2, 2, 2, 2], 0.5),  # clear
-        (4, [2, 2, 8, 2], 0.4),  # hidden in the whole
-        (4, [2, 2, 5, 2], 0.25),  # more severe, though not flagged either
     ],
 )
 def test_what_sentences_add_up_to_is_doubted_and_what_they_hide_is_not(
@@ -293,6 +291,36 @@ def test_what_sentences_add_up_to_is_doubted_and_what_they_hide_is_not(
     assert labels.severity == pytest.approx([expected], abs=0.01)
     assert labels.distribution.sum() == pytest.approx(1)
     assert len(labels.windows) == len(whole.windows) + len(parts)
+
+
+@pytest.mark.parametrize(
+    ("sevens_in_all", "alone", "threshold", "expected"),
+    [
+        (4, 14, 0.3, 0.7),  # sure
+        (4, 12, 0.3, 0.2),  # flagged alone, but not sure
+        (4, 14, 0.8, 0.2),  # sure, but not flagged
+        (8, 14, 0.3, 0.4),  # the whole is flagged for it
+    ],
+)
+def test_where_nothing_is_flagged_a_sentence_must_be_sure(
+    sevens_in_all: int, alone: int, threshold: float, expected: float
+) -> None:
+    reader = screener.Screener(adding_up(), [Calibration(1, 0, threshold)])
+    (whole,) = reader.score([[sevens(slice(0, sevens_in_all), 20)]])
+    parts = reader.score([[sevens(slice(0, 1), 20)], [sevens(slice(0, alone), 20)]])
+    assert reader.is_by_sentence(whole)
+    assert reader.with_sentences(whole, parts).severity == pytest.approx([expected], abs=0.02)
+
+
+def test_what_is_clearly_harmless_is_not_read_by_sentence() -> None:
+    def is_read(sevens_in_all: int, threshold: float) -> bool:
+        reader = screener.Screener(adding_up(), [Calibration(1, 0, threshold)])
+        (whole,) = reader.score([[sevens(slice(0, sevens_in_all), 20)]])
+        return reader.is_by_sentence(whole)
+
+    assert not is_read(1, 0.3)
+    assert is_read(1, 0.04)
+    assert is_read(3, 0.3)
 
 
 def test_without_close_reading_nothing_is_doubted() -> None:
