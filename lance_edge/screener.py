@@ -134,8 +134,8 @@ class Screener:
 
         What is strong in a prompt hides what is weaker beside it: in a category that the whole is not
         flagged for, the worst sentence decides. So can much that is different: where nothing is flagged,
-        a sentence counts if it is flagged and sure. And many harmless sentences can add up: what none of
-        them is flagged for is doubted, as between windows.
+        a sentence counts if it is sure, a little less, as a narrow window does. And many harmless
+        sentences can add up: what none of them is flagged for is doubted, as between windows.
         """
         is_flagged = (whole.severity >= self._thresholds).any()
         may_add_up = is_flagged and len(sentences) >= ADDING_UP
@@ -143,7 +143,9 @@ class Screener:
         alone = _combine([window for labels in sentences for window in labels.windows])
         hidden = (doubted.severity < self._thresholds) & (alone.severity > doubted.severity)
         if not is_flagged:
-            hidden &= alone.severity >= np.maximum(self._thresholds, SURE)
+            hidden &= alone.severity >= SURE
+            alone = self._discounted(alone) if self._close else alone
+            hidden &= alone.severity >= self._thresholds
         severity = np.where(hidden, alone.severity, doubted.severity)
         return Labels(
             severity,

@@ -294,22 +294,30 @@ def test_what_sentences_add_up_to_is_doubted_and_what_they_hide_is_not(
 
 
 @pytest.mark.parametrize(
-    ("sevens_in_all", "alone", "threshold", "expected"),
+    ("sevens_in_all", "alone", "threshold", "close", "expected"),
     [
-        (4, 14, 0.3, 0.7),  # sure
-        (4, 12, 0.3, 0.2),  # flagged alone, but not sure
-        (4, 14, 0.8, 0.2),  # sure, but not flagged
-        (8, 14, 0.3, 0.4),  # the whole is flagged for it
+        (4, 14, 0.3, CLOSE, 1 / (1 + 0.3 / 0.7 * math.e)),  # sure: counts a little less
+        (4, 14, 0.3, None, 0.7),
+        (4, 12, 0.3, None, 0.2),  # flagged alone, but not sure
+        (4, 14, 0.8, None, 0.2),  # sure, but not flagged
+        (4, 14, 0.6, CLOSE, 0.2),  # and not, where it counts less
+        (8, 14, 0.3, None, 0.4),  # the whole is flagged for it
     ],
 )
 def test_where_nothing_is_flagged_a_sentence_must_be_sure(
-    sevens_in_all: int, alone: int, threshold: float, expected: float
+    sevens_in_all: int, alone: int, threshold: float, close: CloseReading | None, expected: float
 ) -> None:
-    reader = screener.Screener(adding_up(), [Calibration(1, 0, threshold)])
-    (whole,) = reader.score([[sevens(slice(0, sevens_in_all), 20)]])
-    parts = reader.score([[sevens(slice(0, 1), 20)], [sevens(slice(0, alone), 20)]])
+    reader = screener.Screener(adding_up(), [Calibration(1, 0, threshold)], close)
+    whole = whole_of(reader, sevens_in_all)
+    parts = reader.score([[sevens(slice(0, 1), 9)], [sevens(slice(0, alone), 20)]])
     assert reader.is_by_sentence(whole)
     assert reader.with_sentences(whole, parts).severity == pytest.approx([expected], abs=0.02)
+
+
+def whole_of(reader: screener.Screener, sevens_in_all: int) -> screener.Labels:
+    """A prompt that is read once, whatever the close reading."""
+    (labels,) = reader.score([[sevens(slice(0, sevens_in_all), 8)]])
+    return labels
 
 
 def test_what_is_clearly_harmless_is_not_read_by_sentence() -> None:
