@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -81,6 +82,8 @@ def _source(argument: str, input_format: InputFormat, as_text: bool) -> str | li
                 f"{argument} is a folder; name its files, for example {argument.rstrip('/')}/*.txt"
             )
         return [_readable(Path(argument), input_format)]
+    if _is_broken_link(argument):
+        raise InputError(f"{argument} is a link to a file that is not there")
     if any(character in argument for character in "*?[") and not re.search(r"\s", argument):
         matches = [Path(match) for match in sorted(glob.glob(argument, recursive=True))]
         if files := [path for path in matches if path.is_file()]:
@@ -112,6 +115,14 @@ def _exists(argument: str) -> bool:
     try:
         return Path(argument).exists()
     except (OSError, ValueError):  # too long for a path, or a NUL in it
+        return False
+
+
+def _is_broken_link(argument: str) -> bool:
+    """Whether it is a symbolic link, of an argument that does not exist."""
+    try:
+        return Path(argument).is_symlink()
+    except (OSError, ValueError):
         return False
 
 
@@ -190,7 +201,7 @@ def _json_item(line: bytes, source: str, number: int, field: str) -> Item:
     if not line.strip():
         return Item(source, number, blank=True)
     try:
-        value = json.loads(line.decode("utf-8"))
+        value = json.loads(line.decode("utf-8"), object_pairs_hook=partial(_object, field))
     except UnicodeDecodeError as error:
         return Item(source, number, error=f"the line is not valid UTF-8 (byte {error.start + 1})")
     except RecursionError:
@@ -198,6 +209,8 @@ def _json_item(line: bytes, source: str, number: int, field: str) -> Item:
     except json.JSONDecodeError as error:
         message = f"the line is not valid JSON: {error.msg} (character {error.pos + 1})"
         return Item(source, number, error=message)
+    except _StandsTwice:
+        return Item(source, number, error=f"the object has the field {field!r} twice")
     except ValueError as error:  # a number with too many digits
         return Item(source, number, error=f"the line is not valid JSON: {error}")
     if isinstance(value, str):
@@ -216,6 +229,18 @@ def _json_item(line: bytes, source: str, number: int, field: str) -> Item:
             error=f"field {field!r} holds {kind_of(value[field])}, not a string",
         )
     return Item(source, number, value[field])
+
+
+class _StandsTwice(ValueError):
+    """An object has two values for the field that holds the prompt: one of them would be lost."""
+
+
+def _object(field: str, pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object of JSON, unless it has `field` twice. Raises _StandsTwice."""
+    made = dict(pairs)
+    if len(made) < len(pairs) and [key for key, _ in pairs].count(field) > 1:
+        raise _StandsTwice
+    return made
 
 
 def kind_of(value: object) -> str:
@@ -239,7 +264,10 @@ def _read_csv(lines: Iterable[tuple[int, bytes | None]], source: str, field: str
         except StopIteration:
             return
         except csv.Error as error:
-            yield Item(source, start, error=f"the row is not valid CSV: {error}")
+            cause = f"the row is not valid CSV: {error}"
+            if taken.is_done:
+                cause = f"a quote opens here and is never closed; nothing was read to the end, line {taken.line}"
+            yield Item(source, start, error=cause)
             if column is None:
                 return  # without a header, nothing below can be read
             continue
@@ -277,10 +305,14 @@ def _read_csv(lines: Iterable[tuple[int, bytes | None]], source: str, field: str
 
 
 class _Taken:
-    """Numbers of the last line that a csv reader took, and of the last that was too long for it."""
+    """Numbers of the last line that a csv reader took, and of the last that was too long for it.
+
+    is_done  whether the reader asked for a line after the last: what it then fails at is an open quote
+    """
 
     def __init__(self) -> None:
         self.line = self.too_long = 0
+        self.is_done = False
 
     def track(self, lines: Iterable[tuple[int, bytes | None]]) -> Iterator[str]:
         for number, line in lines:
@@ -290,3 +322,4 @@ class _Taken:
             # The place of a line that is too long is held by a column, so that its row is reported.
             contents = b"-" if line is None else line
             yield contents.decode("utf-8", errors="surrogateescape") + "\n"
+        self.is_done = True

