@@ -199,20 +199,25 @@ class Pipeline:
         return prompts
 
     def _first_looks(self, prompts: Sequence[Prompt]) -> list[Judged]:
-        """What the screener says of prompts."""
-        labels = self.screener.score([prompt.windows for prompt in prompts])
-        return [self._by_sentence(*pair) for pair in zip(prompts, labels, strict=True)]
-
-    def _by_sentence(self, prompt: Prompt, whole: Labels) -> Judged:
-        """What the screener says of a prompt as a whole and, unless it is clearly harmless, of each of its
-        sentences."""
-        places = apart(prompt.text) if self.screener.is_by_sentence(whole) else []
-        if not places:
-            return Judged(prompt, whole)
-        windows = [self.tokenizer.encode_part(prompt.text, *place) for place in places]
-        found = dict(zip(places, self.screener.score(windows), strict=True))
-        labels = self.screener.with_sentences(whole, [*found.values()])
-        return Judged(prompt, labels, found)
+        """What the screener says of prompts: of each as a whole and, unless it is clearly harmless, of each of
+        its sentences."""
+        wholes = self.screener.score([prompt.windows for prompt in prompts])
+        places = [
+            apart(prompt.text) if self.screener.is_by_sentence(whole) else []
+            for prompt, whole in zip(prompts, wholes, strict=True)
+        ]
+        parts = [
+            self.tokenizer.encode_part(prompt.text, *place)
+            for prompt, several in zip(prompts, places, strict=True)
+            for place in several
+        ]
+        alone = iter(self.screener.score(parts))
+        looks = []
+        for prompt, whole, several in zip(prompts, wholes, places, strict=True):
+            found = {place: next(alone) for place in several}
+            labels = self.screener.with_sentences(whole, [*found.values()]) if found else whole
+            looks.append(Judged(prompt, labels, found))
+        return looks
 
     def _read(self, text: str) -> Judged:
         """What the looks say of a text."""
