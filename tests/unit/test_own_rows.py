@@ -14,14 +14,19 @@ FOLDER = Path(__file__).parents[2] / "training" / "data"
 pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="needs the repository, not the wheel")
 
 
-def read(kind: str) -> list[dict[str, Any]]:
-    with gzip.open(FOLDER / kind / "train.jsonl.gz", "rt", encoding="utf-8") as lines:
+def read(kind: str, split: str = "train") -> list[dict[str, Any]]:
+    with gzip.open(FOLDER / kind / f"{split}.jsonl.gz", "rt", encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, Any]]:
-    return read("prompts") + read("pairs")
+    return read("prompts") + read("prompts", "dev") + read("pairs")
+
+
+def test_no_group_is_both_trained_on_and_held_out() -> None:
+    trained = {row["group"] for row in read("prompts") + read("pairs")}
+    assert trained.isdisjoint(row["group"] for row in read("prompts", "dev"))
 
 
 def test_ids_and_prompts_are_unique(rows: list[dict[str, Any]]) -> None:
