@@ -25,7 +25,8 @@ from typer.core import TyperGroup
 from lance_edge import __version__
 from lance_edge.errors import InputError, InvalidOption, InvalidPrompt, LanceError
 from lance_edge.inputs import InputFormat, Item, format_of, read_items
-from lance_edge.pipeline import MAX_CHARS, Looks, Pipeline, Prompt, load
+from lance_edge.judge import Looks, Prompt
+from lance_edge.pipeline import MAX_CHARS, Pipeline, load
 from lance_edge.policy import ALL, read_rules
 from lance_edge.report import OutputFormat, Progress, Report, Steps, complain, discard, printable
 from lance_edge.verdict import Verdict

@@ -15,7 +15,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 import lance_edge
-from lance_edge.pipeline import Prompt
+from lance_edge.judge import Prompt
 from lance_edge_engines import SessionError
 
 TASKS = ("screen", "refine")

@@ -13,7 +13,7 @@ import pytest
 import tiny_refiner
 
 import lance_edge
-from lance_edge import pipeline
+from lance_edge import repairer
 from lance_edge.bundle import Calibration
 from lance_edge.refiner import Reading, Refiner
 from lance_edge.verdict import Edit
@@ -158,7 +158,7 @@ def test_where_all_sentences_are_hazardous_the_prompt_is_rewritten_as_a_whole(
 def test_where_all_sentences_are_hazardous_and_long_they_are_rewritten_apart(
     refiner_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "LONGEST_JOINED", 18)
+    monkeypatch.setattr(repairer, "LONGEST_JOINED", 18)
     with guard_that_writes(refiner_bundle, without_bombs) as guard:
         verdict = guard.refine("the bomb. bomb!  hello the bomb ")
     assert [step.source for step in verdict.steps] == ["the bomb. bomb!", "hello the bomb"]
