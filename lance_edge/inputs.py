@@ -209,12 +209,12 @@ def _json_item(line: bytes, source: str, number: int, field: str) -> Item:
     except json.JSONDecodeError as error:
         message = f"the line is not valid JSON: {error.msg} (character {error.pos + 1})"
         return Item(source, number, error=message)
-    except _StandsTwice:
-        return Item(source, number, error=f"the object has the field {field!r} twice")
     except ValueError as error:  # a number with too many digits
         return Item(source, number, error=f"the line is not valid JSON: {error}")
     if isinstance(value, str):
         return Item(source, number, value)
+    if isinstance(value, _Doubled):
+        return Item(source, number, error=f"the object has the field {field!r} twice")
     if not isinstance(value, dict):
         return Item(source, number, error=f"the line holds {kind_of(value)}, not an object")
     if field not in value:
@@ -231,16 +231,15 @@ def _json_item(line: bytes, source: str, number: int, field: str) -> Item:
     return Item(source, number, value[field])
 
 
-class _StandsTwice(ValueError):
-    """An object has two values for the field that holds the prompt: one of them would be lost."""
+class _Doubled(dict[str, object]):
+    """An object with two values for the field that holds the prompt: one of them would be lost."""
 
 
 def _object(field: str, pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """An object of JSON, unless it has `field` twice. Raises _StandsTwice."""
+    """An object of JSON, at any depth."""
     made = dict(pairs)
-    if len(made) < len(pairs) and [key for key, _ in pairs].count(field) > 1:
-        raise _StandsTwice
-    return made
+    is_doubled = len(made) < len(pairs) and [key for key, _ in pairs].count(field) > 1
+    return _Doubled(made) if is_doubled else made
 
 
 def kind_of(value: object) -> str:

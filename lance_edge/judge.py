@@ -37,6 +37,8 @@ class Prompt:
 class Judged:
     """A prompt with all that the looks say of it.
 
+    labels     what they say of it, with its sentences
+    whole      what they say of it as a whole
     sentences  what the first look says of each by itself, if there are several and the prompt is not
                clearly harmless
     reading    the second look's cache; None if there was none
@@ -44,6 +46,7 @@ class Judged:
 
     prompt: Prompt
     labels: Labels
+    whole: Labels
     sentences: Mapping[Range, Labels] = field(default_factory=dict)
     reading: Reading | None = None
 
@@ -122,8 +125,7 @@ class Judge:
         looks = []
         for prompt, whole, several in zip(prompts, wholes, places, strict=True):
             found = {place: next(alone) for place in several}
-            labels = self.screener.with_sentences(whole, [*found.values()]) if found else whole
-            looks.append(Judged(prompt, labels, found))
+            looks.append(Judged(prompt, self._with_sentences(whole, found), whole, found))
         return looks
 
     def look_again(self, judged: Judged) -> Judged:
@@ -142,8 +144,13 @@ class Judge:
         if not refiner.fits(judged.prompt.text):
             return judged
         reading = refiner.read(judged.prompt.text)
-        labels = both_looks(judged.labels, reading.mean, reading.deviation, look.share)
-        return replace(judged, labels=labels, reading=reading)
+        whole = both_looks(judged.whole, reading.mean, reading.deviation, look.share)
+        labels = self._with_sentences(whole, judged.sentences)
+        return replace(judged, labels=labels, whole=whole, reading=reading)
+
+    def _with_sentences(self, whole: Labels, sentences: Mapping[Range, Labels]) -> Labels:
+        alone = [*sentences.values()]
+        return self.screener.with_sentences(whole, alone) if alone else whole
 
     def gradients(self, text: str, labels: Labels) -> tuple[Gradient, ...]:
         """One for each flagged category, if the bundle has templates."""

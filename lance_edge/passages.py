@@ -17,6 +17,7 @@ _BREAK = re.compile(r"(?<![.!?\u2026])[.!?\u2026]+[\"'\u2019\u201d)\]*]*\s+|\n")
 # Their full stop ends no sentence.
 LONGEST_ABBREVIATION = 6  # characters, with what stands before it
 _ABBREVIATION = re.compile(r"(?:^|[\s(\"'])(?:mr|mrs|ms|dr|prof|st|vs|e\.g|i\.e)$", re.IGNORECASE)
+SHORTEST_WRAPPED = 45  # characters of a line that an editor may have broken
 
 
 def sentences(text: str) -> list[Range]:
@@ -26,6 +27,8 @@ def sentences(text: str) -> list[Range]:
     for match in _BREAK.finditer(text):
         word = max(0, match.start() - LONGEST_ABBREVIATION)
         if match[0][0] == "." and _ABBREVIATION.search(text, word, match.start()):
+            continue
+        if match[0] == "\n" and _is_wrapped(text, match.start()):
             continue
         found.append((start, match.end()))
         start = match.end()
@@ -64,6 +67,16 @@ def joined(
             found.append((start, end))
         previous = is_chosen
     return found
+
+
+def _is_wrapped(text: str, end: int) -> bool:
+    """Whether a sentence goes on behind the line that ends here: a long one, and the next begins small."""
+    length = end - text.rfind("\n", 0, end) - 1
+    return (
+        length >= SHORTEST_WRAPPED
+        and text[end - 1] not in ":;"
+        and text[end + 1 : end + 2].islower()
+    )
 
 
 def _stripped(text: str, start: int, end: int) -> Range:

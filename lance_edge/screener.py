@@ -26,6 +26,9 @@ FloatArray = npt.NDArray[np.float64]
 OUTPUTS = ("mean", "deviation", "contributions")
 PAD_MULTIPLE = 8  # tokens
 ADDING_UP = 4  # sentences from which on harmless ones can add up to something that is flagged
+FEWEST_TOKENS = (
+    6  # of such a sentence, with the special ones at its ends: "Hi. Thanks." adds nothing up
+)
 # A prompt of which nothing is flagged is read by sentence from the one severity on; a sentence counts then from
 # the other on, if it is flagged.
 LEFT_OPEN, SURE = 0.1, 0.65
@@ -138,7 +141,10 @@ class Screener:
         sentences can add up: what none of them is flagged for is doubted, as between windows.
         """
         is_flagged = (whole.severity >= self._thresholds).any()
-        may_add_up = is_flagged and len(sentences) >= ADDING_UP
+        long = [
+            labels for labels in sentences if len(labels.windows[0].window.ids) >= FEWEST_TOKENS
+        ]
+        may_add_up = is_flagged and len(long) >= ADDING_UP
         doubted = self._doubted(whole, sentences if may_add_up else [])
         alone = _combine([window for labels in sentences for window in labels.windows])
         hidden = (doubted.severity < self._thresholds) & (alone.severity > doubted.severity)

@@ -262,7 +262,9 @@ def test_a_wrong_last_row_is_no_open_quote() -> None:
 
 def test_an_object_with_the_field_twice_is_asked_about() -> None:
     lines = b'{"prompt": "a", "prompt": "b"}\n{"id": 1, "id": 2, "prompt": "c"}\n'
-    assert found(lines, "jsonl") == [(1, ["the object has the field 'prompt' twice"]), (2, "c")]
+    lines += b'{"prompt": "d", "was": {"prompt": "e", "prompt": "f"}}\n'
+    twice = ["the object has the field 'prompt' twice"]
+    assert found(lines, "jsonl") == [(1, twice), (2, "c"), (3, "d")]
 
 
 def test_an_invalid_utf8_row_costs_itself() -> None:

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from lance_edge.passages import apart, carrying, joined, sentences
 from lance_edge.verdict import Span
 
+LINE = "a line that is as long as those that editors break"
+
 
 def texts(text: str) -> list[str]:
     return [text[start:end] for start, end in sentences(text)]
@@ -30,6 +32,12 @@ def texts(text: str) -> list[str]:
         ("Put it first. Then go", ["Put it first.", "Then go"]),  # not "st."
         ("Call. Dr. No e.g. Mr. X", ["Call.", "Dr. No e.g. Mr. X"]),
         ("1. Mix\n2. Bake", ["1.", "Mix", "2.", "Bake"]),
+        (f"{LINE}\ngoes on. Then", [f"{LINE}\ngoes on.", "Then"]),  # an editor broke it
+        (f"{LINE}\nGoes on", [LINE, "Goes on"]),
+        (f"{LINE}:\ngoes on", [f"{LINE}:", "goes on"]),
+        (f"{LINE}.\ngoes on", [f"{LINE}.", "goes on"]),
+        (f"{LINE}\n\ngoes on", [LINE, "goes on"]),
+        (f"short\n{LINE[:30]}\nlines", ["short", LINE[:30], "lines"]),
         ("  \n ", []),
         ("", []),
     ],

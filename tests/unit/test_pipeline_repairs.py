@@ -7,14 +7,17 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import Mock
 
 import fake_refiner
+import numpy as np
 import pytest
 import tiny_refiner
 
 import lance_edge
 from lance_edge import repairer
-from lance_edge.bundle import Calibration
+from lance_edge.bundle import Calibration, SecondLook
+from lance_edge.judge import Judge
 from lance_edge.refiner import Reading, Refiner
 from lance_edge.verdict import Edit
 
@@ -367,3 +370,18 @@ def test_of_a_prompt_that_is_mostly_hazard_the_rest_is_changed_with_all_in_view(
         prompt,
     ]
     assert verdict.refined == rewrite(prompt, "")
+
+
+def test_a_second_look_at_the_whole_does_not_hide_a_sentence(refiner_bundle: Path) -> None:
+    """It reads the prompt as a whole; the hazardous sentence counts as it did before."""
+    reading = Reading((), Mock(), 0, np.full(3, -20.0), np.ones(3), 0.0)
+    calm = Mock(Refiner, fits=lambda _: True, read=lambda _: reading)
+    look = SecondLook({}, low=0.0, high=0.0, share=0.9)
+    with lance_edge.load(refiner_bundle, "cpu", looks="1", threads=1) as guard:
+        policy = guard.policy
+        judge = Judge(guard.tokenizer, guard.screener, policy, 1000, "2", look, lambda: calm, None)
+        alone = judge.read("hello the bomb")
+        beside = judge.read("hello the bomb. hello the cake.")
+    assert policy.flagged(alone.labels.severity) == ()
+    assert policy.flagged(beside.whole.severity) == ()
+    assert policy.flagged(beside.labels.severity) == ("violence",)

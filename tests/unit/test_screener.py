@@ -293,6 +293,14 @@ def test_what_sentences_add_up_to_is_doubted_and_what_they_hide_is_not(
     assert len(labels.windows) == len(whole.windows) + len(parts)
 
 
+def test_short_sentences_add_nothing_up() -> None:
+    """Who writes "Hi. Thanks." around a hazard does not make it doubtful."""
+    reader = screener.Screener(adding_up(), [Calibration(1, 0, 0.3)], CLOSE)
+    (whole,) = reader.score([[sevens(slice(0, 8), 20)]])
+    parts = reader.score([[sevens(slice(0, 2), length)] for length in (9, 9, 9, 3)])
+    assert reader.with_sentences(whole, parts).severity == pytest.approx([0.4], abs=0.01)
+
+
 @pytest.mark.parametrize(
     ("sevens_in_all", "alone", "threshold", "close", "expected"),
     [
