@@ -14,9 +14,11 @@ Range = tuple[int, int]  # start and end, in characters of the prompt
 
 # The end of a sentence, with what closes it, or of a line. Each run of signs is looked at once.
 _BREAK = re.compile(r"(?<![.!?\u2026])[.!?\u2026]+[\"'\u2019\u201d)\]*]*\s+|\n")
-# Their full stop ends no sentence.
+# Their full stop ends no sentence; nor does an initial's ("J. K. Rowling", "U.S. history").
 LONGEST_ABBREVIATION = 6  # characters, with what stands before it
-_ABBREVIATION = re.compile(r"(?:^|[\s(\"'])(?:mr|mrs|ms|dr|prof|st|vs|e\.g|i\.e)$", re.IGNORECASE)
+_ABBREVIATION = re.compile(
+    r"(?:^|[\s(\"'])(?i:mr|mrs|ms|dr|prof|st|vs|e\.g|i\.e)$|(?:^|[\s(\"'.])[A-HJ-Z]$"
+)
 SHORTEST_WRAPPED = 45  # characters of a line that an editor may have broken
 
 

@@ -88,10 +88,11 @@ class Screener:
     ) -> None:
         self._session = session
         self._close = close
-        if thresholds is None:
-            thresholds = np.array([item.threshold for item in calibration])
-        self._thresholds = thresholds
-        self._clear = np.maximum(thresholds, close.high) if close else thresholds
+        own = np.array([item.threshold for item in calibration])
+        self._thresholds = own if thresholds is None else thresholds
+        # A category whose threshold was raised still shows that a prompt is not harmless.
+        self._telling = np.minimum(own, self._thresholds)
+        self._clear = np.maximum(self._thresholds, close.high) if close else self._thresholds
         self._slope = np.array([item.slope for item in calibration])
         self._intercept = np.array([item.intercept for item in calibration])
         names = {spec.name for spec in session.outputs}
@@ -137,10 +138,11 @@ class Screener:
 
         What is strong in a prompt hides what is weaker beside it: in a category that the whole is not
         flagged for, the worst sentence decides. So can much that is different: where nothing is flagged,
-        a sentence counts if it is sure, a little less, as a narrow window does. And many harmless
-        sentences can add up: what none of them is flagged for is doubted, as between windows.
+        by the calibration's thresholds or those given, a sentence counts if it is sure, a little less, as a
+        narrow window does. And many harmless sentences can add up: what none of them is flagged for is
+        doubted, as between windows.
         """
-        is_flagged = (whole.severity >= self._thresholds).any()
+        is_flagged = (whole.severity >= self._telling).any()
         long = [
             labels for labels in sentences if len(labels.windows[0].window.ids) >= FEWEST_TOKENS
         ]

@@ -322,6 +322,19 @@ def test_where_nothing_is_flagged_a_sentence_must_be_sure(
     assert reader.with_sentences(whole, parts).severity == pytest.approx([expected], abs=0.02)
 
 
+@pytest.mark.parametrize("first", [0.3, 0.95])
+def test_a_raised_threshold_frees_its_own_category_alone(first: float) -> None:
+    """What the first category hides in the whole prompt counts, whether or not that one is still flagged."""
+    reader = screener.Screener(
+        FakeSession(lambda inputs: {}, outputs=diluting([]).outputs),
+        [Calibration(1, 0, 0.3)],
+        thresholds=np.array([first, 0.3]),
+    )
+    whole, alone = score_one([2, -2], [0, 0]), score_one([-4, -0.5], [0, 0])
+    labels = reader.with_sentences(whole, [alone, alone])
+    assert labels.severity == pytest.approx([whole.severity[0], alone.severity[1]])
+
+
 def whole_of(reader: screener.Screener, sevens_in_all: int) -> screener.Labels:
     """A prompt that is read once, whatever the close reading."""
     (labels,) = reader.score([[sevens(slice(0, sevens_in_all), 8)]])
