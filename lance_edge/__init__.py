@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lance_edge.pipeline import Pipeline, load
     from lance_edge.verdict import Edit, Gradient, RefineStep, Span, Timings, Verdict
 
-__version__ = "0.12.1"
+__version__ = "0.12.2"
 
 __all__ = [
     "BaseCorrupt",
